@@ -1,0 +1,13 @@
+FROM python:3.13-slim
+
+RUN useradd --create-home app
+WORKDIR /home/app
+
+COPY requirements.txt .
+RUN pip install --no-cache-dir -r requirements.txt
+COPY --chown=app . .
+
+USER app
+HEALTHCHECK --interval=10s --timeout=3s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
+CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--timeout-graceful-shutdown", "5"]

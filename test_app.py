@@ -1,0 +1,443 @@
+"""Tests of the service over HTTP, and of the files around it. They need no network and no Docker."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+import yaml
+from fastapi import HTTPException
+from prometheus_client.parser import text_string_to_metric_families
+
+import app
+
+LABELS = {"model_name": app.settings.MODEL_NAME, "version": app.settings.MODEL_VERSION}
+LEGIT = {"amount": 42.5}
+FRAUD = {"amount": 9_000, "international": True}
+FOLDER = Path(__file__).parent
+COMPOSE = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())
+PROMETHEUS = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+
+
+@pytest.fixture(autouse=True)
+def ideal_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model neither waits nor fails, unless a test says so."""
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 0)
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0)
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[httpx.Client]:
+    """A client of the service, which runs in a thread of the tests so that they can change it."""
+    server = uvicorn.Server(uvicorn.Config(app.app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        event_hooks={"response": [is_documented]},
+        trust_env=False,
+    ) as client:
+        yield client
+    server.should_exit = True
+    thread.join()
+
+
+def is_documented(response: httpx.Response) -> None:
+    """Check of each answer in each test: OpenAPI names its status and its content type."""
+    path = app.app.openapi()["paths"].get(response.request.url.path, {})
+    if operation := path.get(response.request.method.lower()):
+        documented = operation["responses"][str(response.status_code)].get("content", {"": None})
+        assert response.headers.get("content-type", "").partition(";")[0] in documented
+
+
+def scrape(client: httpx.Client) -> Counter[str]:
+    """The service's own series in /metrics, named without the labels that all of them have."""
+    series = Counter[str]()
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name.startswith("ml_"):
+                assert sample.labels.items() >= LABELS.items()
+                own = [f"{k}={v}" for k, v in sample.labels.items() if k not in LABELS]
+                series[" ".join([sample.name, *own])] = sample.value
+    return series
+
+
+def counts(client: httpx.Client) -> Counter[str]:
+    """What the service has counted so far."""
+    series = scrape(client)
+    return Counter(
+        predictions=series["ml_predictions_total"],
+        invalid_input=series["ml_prediction_errors_total reason=invalid_input"],
+        model_failures=series["ml_prediction_errors_total reason=model_failure"],
+        model_calls=series["ml_prediction_duration_seconds_count"],
+        scores=series["ml_prediction_score_count"],
+    )
+
+
+# ------------------------------------------------------------------- Predict
+
+
+def test_predict_answers_with_a_score(client: httpx.Client) -> None:
+    before = counts(client)
+    legit, fraud = (client.post("/predict", json=transaction) for transaction in (LEGIT, FRAUD))
+    assert (legit.status_code, fraud.status_code) == (200, 200)
+    assert legit.json() == {
+        "prediction": "legit",
+        "score": pytest.approx(0.0614, abs=1e-4),
+        **LABELS,
+    }
+    assert fraud.json() == {
+        "prediction": "fraud",
+        "score": pytest.approx(0.9760, abs=1e-4),
+        **LABELS,
+    }
+    assert client.post("/predict", json=LEGIT).json() == legit.json()
+    assert counts(client) - before == {"predictions": 3, "model_calls": 3, "scores": 3}
+
+
+def test_score_rises_with_the_amount_and_abroad(client: httpx.Client) -> None:
+    amounts = [0, 0.01, 10, 100, 600, 700, 10_000, 1_000_000]
+    home, abroad = (
+        [
+            client.post("/predict", json={"amount": amount, "international": international}).json()
+            for amount in amounts
+        ]
+        for international in (False, True)
+    )
+    for answers in (home, abroad):
+        scores = [answer["score"] for answer in answers]
+        assert scores == sorted(set(scores))
+        assert 0 <= scores[0] and scores[-1] <= 1
+    assert all(there["score"] > here["score"] for here, there in zip(home, abroad))
+    assert all((a["prediction"] == "fraud") == (a["score"] >= 0.5) for a in home + abroad)
+
+
+def test_latency_is_log_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def infer_often() -> None:
+        for _ in range(10_000):
+            await app.infer(app.Transaction(amount=1))
+
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    random.seed(1)
+    asyncio.run(infer_often())
+    percentiles = statistics.quantiles(waits, n=100)
+    assert percentiles[49] == pytest.approx(0.05, rel=0.1)
+    assert percentiles[98] == pytest.approx(0.15, rel=0.1)
+
+
+def test_model_calls_overlap(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    infer, waiting, all_here = app.infer, [], asyncio.Event()
+
+    async def infer_together(transaction: app.Transaction) -> app.Prediction:
+        waiting.append(transaction)
+        if len(waiting) == 8:
+            all_here.set()
+        await all_here.wait()
+        return await infer(transaction)
+
+    monkeypatch.setattr(app, "infer", infer_together)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.post("/predict", json=LEGIT), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+
+
+# -------------------------------------------------------------------- Faults
+
+
+def test_simulated_failure(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
+    before = counts(client)
+    answer = client.post("/predict", json=LEGIT)
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "The model failed (simulated, see FAILURE_RATE)."}
+    assert counts(client) - before == {"predictions": 1, "model_failures": 1, "model_calls": 1}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("boom"), HTTPException(404, "boom")])
+def test_unexpected_failure(
+    client: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    async def infer(transaction: app.Transaction) -> app.Prediction:
+        raise error
+
+    monkeypatch.setattr(app, "infer", infer)
+    before = counts(client)
+    answer = client.post("/predict", json=LEGIT)
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "The model failed unexpectedly."}
+    assert counts(client) - before == {"predictions": 1, "model_failures": 1, "model_calls": 1}
+    assert "Traceback" in caplog.text and "boom" in caplog.text
+
+
+BAD_INPUT = [
+    # body, status, what the answer says
+    (b"{}", 422, "Field required"),
+    (b'{"amount": 1, "currency": "EUR"}', 422, "Extra inputs are not permitted"),
+    (b'{"amount": "12"}', 422, "valid number"),
+    (b'{"amount": true}', 422, "valid number"),
+    (b'{"amount": null}', 422, "valid number"),
+    (b'{"amount": 1, "international": "yes"}', 422, "valid boolean"),
+    (b'{"amount": 1, "international": 1}', 422, "valid boolean"),
+    (b'{"amount": -0.01}', 422, "greater than or equal to 0"),
+    (b'{"amount": 1000000.01}', 422, "less than or equal to 1000000"),
+    (b'{"amount": 1e999}', 422, "less than or equal to 1000000"),
+    (b'{"amount": Infinity}', 422, "less than or equal to 1000000"),
+    (b'{"amount": NaN}', 422, "less than or equal to 1000000"),
+    (b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "valid number"),
+    (b'{"amount": 1' + b"0" * 5_000 + b"}", 400, "error parsing the body"),
+    (b'{"amount": 1, "\\ud800": 1}', 422, "unable to parse"),
+    (b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
+    (b'{"amount": 4', 422, "JSON decode error"),
+    (b"[" * 30_000 + b"]" * 30_000, 400, "error parsing the body"),
+    (b"[" * 100_000 + b"]" * 100_000, 413, "over 65536 bytes"),
+    (b'{"amount": 1}' + b" " * 65_536, 413, "over 65536 bytes"),
+    (b"[]", 422, "valid dictionary"),
+    (b"42", 422, "valid dictionary"),
+    (b"null", 422, "valid dictionary"),
+    (b"", 422, "Field required"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "says"), BAD_INPUT)
+def test_bad_input(client: httpx.Client, body: bytes, status: int, says: str) -> None:
+    before = counts(client)
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/predict", content=body, headers=headers)
+    assert answer.status_code == status
+    assert says in json.dumps(answer.json()["detail"])
+    assert counts(client) - before == {"predictions": 1, "invalid_input": 1}
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_another_content_type(client: httpx.Client, content_type: str | None) -> None:
+    before = counts(client)
+    headers = {"Content-Type": content_type} if content_type else {}
+    answer = client.post("/predict", content=b'{"amount": 1}', headers=headers)
+    assert answer.status_code == 415
+    assert answer.json() == {"detail": "Send the header Content-Type: application/json."}
+    assert counts(client) - before == {"predictions": 1, "invalid_input": 1}
+
+
+def test_body_limit(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b'{"amount": 1}'.ljust(64 * 1024)
+    chunks = (body[i : i + 1024] for i in range(0, len(body), 1024))
+    for content in (body, chunks):
+        assert client.post("/predict", content=content, headers=headers).status_code == 200
+    endless = (b" " * 1024 for _ in range(1024))
+    assert client.post("/predict", content=endless, headers=headers).status_code == 413
+
+
+def test_client_that_goes_away_is_not_counted(client: httpx.Client) -> None:
+    before = counts(client)
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
+            b'Content-Length: 14\r\n\r\n{"amount"'
+        )
+    assert client.post("/predict", json=LEGIT).status_code == 200
+    assert counts(client) - before == {"predictions": 1, "model_calls": 1, "scores": 1}
+
+
+def test_counts_are_exact_under_concurrency(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.005)
+    before, series = counts(client), scrape(client).keys()
+
+    def send(number: int) -> int:
+        transaction = {"amount": -1 if number % 4 == 0 else number}
+        return client.post("/predict", json=transaction).status_code
+
+    with ThreadPoolExecutor(32) as pool:
+        statuses = Counter(pool.map(send, range(1, 801)))
+    assert statuses.keys() == {200, 422, 500} and statuses[422] == 200
+    assert counts(client) - before == {
+        "predictions": 800,
+        "invalid_input": statuses[422],
+        "model_failures": statuses[500],
+        "model_calls": statuses[200] + statuses[500],
+        "scores": statuses[200],
+    }
+    assert scrape(client).keys() == series, "/metrics does not grow with traffic"
+
+
+# --------------------------------------------------- Metrics and other paths
+
+
+def test_metrics(client: httpx.Client) -> None:
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
+    assert "_created" not in answer.text
+    families = {f.name: f for f in text_string_to_metric_families(answer.text)}
+    own = {name: family.type for name, family in families.items() if name.startswith("ml_")}
+    assert own == {
+        "ml_predictions": "counter",
+        "ml_prediction_errors": "counter",
+        "ml_prediction_duration_seconds": "histogram",
+        "ml_prediction_score": "histogram",
+    }
+    assert all(families[name].documentation.endswith(".") for name in own)
+
+
+def test_histogram_boundaries(client: httpx.Client) -> None:
+    series = scrape(client)
+    assert "ml_prediction_duration_seconds_bucket le=0.25" in series
+    for tenth in range(1, 11):
+        assert f"ml_prediction_score_bucket le={tenth / 10}" in series
+
+
+def test_fraud_share_is_exact_at_the_0_5_boundary(client: httpx.Client) -> None:
+    before = scrape(client)
+    for amount in [*range(0, 1000, 50), 1_000_000]:
+        client.post("/predict", json={"amount": amount})
+    new = scrape(client) - before
+    assert new["ml_prediction_score_bucket le=0.5"] == 14
+    assert new["ml_prediction_score_count"] == 21
+
+
+def test_health(client: httpx.Client) -> None:
+    answer = client.get("/health")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+def test_root_leads_to_the_docs(client: httpx.Client) -> None:
+    answer = client.get("/", follow_redirects=True)
+    assert (answer.status_code, answer.url.path) == (200, "/docs")
+
+
+def test_example_in_the_docs_can_be_sent(client: httpx.Client) -> None:
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["Transaction"][
+        "properties"
+    ]
+    example = {
+        name: field.get("examples", [field.get("default")])[0] for name, field in fields.items()
+    }
+    assert client.post("/predict", json=example).status_code == 200
+
+
+# ------------------------------------------------- The process and its start
+
+DOCKERFILE = (FOLDER / "Dockerfile").read_text()
+COMMAND = json.loads(re.findall(r"^CMD (.+)", DOCKERFILE, re.MULTILINE)[-1])
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    """Start the service as the Dockerfile does, but on a free port of this machine only."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
+        cwd=FOLDER,
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_start_metrics_and_sigterm() -> None:
+    process = start(FAILURE_RATE="0", MODEL_LATENCY_SECONDS="1", MODEL_VERSION="v9")
+    with process, httpx.Client(trust_env=False) as client:
+        assert process.stderr
+        log = iter(process.stderr.readline, "")
+        url = next(m[0] for line in log if (m := re.search(r"http://127.0.0.1:\d+", line)))
+        series = [line for line in client.get(url + "/metrics").text.splitlines() if "ml_" in line]
+        values = [line.split()[-1] for line in series if not line.startswith("#")]
+        assert len(values) == 1 + 2 + (11 + 2) + (11 + 2) and set(values) == {"0.0"}
+        assert 'ml_predictions_total{model_name="fraud_model",version="v9"} 0.0' in series
+
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port)) as in_flight:
+            in_flight.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 13\r\n\r\n{"amount": 1}'
+            )
+            assert client.get(url + "/health").status_code == 200  # The service has both by now.
+            process.send_signal(signal.SIGTERM)
+            assert in_flight.recv(1024).startswith(b"HTTP/1.1 200")
+        assert process.wait(timeout=10) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "allowed"),
+    [
+        *[("FAILURE_RATE", g, "a number from 0 to 1") for g in ("", "a", "-0.1", "1.1", "nan")],
+        *[("MODEL_LATENCY_SECONDS", g, "a number from 0 to 60") for g in ("", "61", "inf")],
+        ("MODEL_NAME", "", "one character or more"),
+        ("MODEL_VERSION", " ", "one character or more"),
+    ],
+)
+def test_bad_setting_stops_the_start(name: str, given: str, allowed: str) -> None:
+    process = start(**{name: given})
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert log == f"{name} must be {allowed}, not {given!r}\n"
+
+
+# ----------------------------------------------------------------- The stack
+
+
+def test_prometheus_scrapes_what_compose_runs() -> None:
+    (job,) = (j for j in PROMETHEUS["scrape_configs"] if j["job_name"] == "model-api")
+    (discovery,) = job["dns_sd_configs"]
+    (service,) = discovery["names"]
+    (port,) = COMPOSE["services"][service]["ports"]
+    assert COMPOSE["services"][service]["build"] == "."
+    assert discovery["type"] == "A"
+    assert int(port.split(":")[-1]) == discovery["port"] == uvicorn.Config(app.app).port
+    assert "--port" not in COMMAND and f":{discovery['port']}/health" in DOCKERFILE
+    assert job.get("metrics_path", "/metrics") in app.app.openapi()["paths"]
+    assert PROMETHEUS["global"]["scrape_interval"] == discovery["refresh_interval"] == "5s"
+
+
+def test_every_setting_passes_through_compose() -> None:
+    assert COMPOSE["services"]["model-api"]["environment"] == list(app.Settings.model_fields)
+
+
+def test_ports_are_local_and_changeable() -> None:
+    ports = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert sorted(ports) == [
+        "127.0.0.1:${API_PORT:-8000}:8000",
+        "127.0.0.1:${GRAFANA_PORT:-3000}:3000",
+        "127.0.0.1:${PROMETHEUS_PORT:-9090}:9090",
+    ]
+
+
+def test_images_and_packages_are_pinned() -> None:
+    images = [s["image"] for s in COMPOSE["services"].values() if "image" in s]
+    assert images and all(re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", image) for image in images)
+    packages = (FOLDER / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package) for package in packages)
+
+
+def test_stored_data_outlives_the_containers() -> None:
+    for service in ("prometheus", "grafana"):
+        volumes = [volume.split(":")[0] for volume in COMPOSE["services"][service]["volumes"]]
+        assert set(volumes) & COMPOSE["volumes"].keys()

@@ -91,9 +91,13 @@ SCORE = Histogram(
 class Transaction(BaseModel):
     """A payment that may be fraud."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        json_schema_extra={"examples": [{"amount": 42.5, "international": False}]},
+    )
 
-    amount: float = Field(ge=0, le=1_000_000, description="In US dollars.", examples=[42.5])
+    amount: float = Field(ge=0, le=1_000_000, description="In US dollars.")
     international: bool = Field(False, description="Whether the money leaves the country.")
 
 
@@ -139,7 +143,7 @@ logger = logging.getLogger("uvicorn.error")
 
 
 class Problem(BaseModel):
-    """What an answer other than a 422 says of an error."""
+    """What went wrong. A 422 has a list instead, with an entry for each wrong field."""
 
     detail: str
 
@@ -159,9 +163,9 @@ async def predict(transaction: Transaction) -> Prediction:
 
 
 class CountedRoute(APIRoute):
-    """A route that counts every answer.
+    """A route that counts each of its answers.
 
-    FastAPI refuses bad input before it calls the endpoint, so the endpoint cannot count that.
+    FastAPI refuses bad input before it calls the endpoint, so counting belongs around both.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -172,7 +176,7 @@ class CountedRoute(APIRoute):
                 await read_body(request)
                 response = await answer(request)
             except ClientDisconnect:
-                return Response()  # Nobody is left to answer, so there is nothing to count.
+                return Response()  # Nobody is left to get an answer, so none is counted.
             except RequestValidationError as error:
                 response = explain(error)
             except HTTPException as error:
@@ -189,7 +193,7 @@ class CountedRoute(APIRoute):
 
 
 async def read_body(request: Request) -> None:
-    """Read the body into the request. Raises a 413 as soon as it is over MAX_BODY_BYTES."""
+    """Read the body, so that the request has it. Raises a 413 if it is over MAX_BODY_BYTES."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -199,7 +203,7 @@ async def read_body(request: Request) -> None:
 
 
 def explain(error: RequestValidationError) -> Response:
-    """Say what is wrong with the input, without the input itself: NaN cannot be sent as JSON."""
+    """Say what is wrong with the input, without quoting it: a NaN in it cannot be put in JSON."""
     if isinstance(error.body, bytes):  # FastAPI parses only what is sent as JSON.
         return JSONResponse({"detail": "Send the header Content-Type: application/json."}, 415)
     detail = [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]
@@ -223,17 +227,17 @@ app.router.add_api_route(
 
 @app.get("/metrics", response_class=PlainTextResponse)
 async def metrics() -> Response:
-    """All metrics in Prometheus's text format."""
+    """Answer with all metrics in Prometheus's text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @app.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the service is up."""
+    """Say that the service is up."""
     return {"status": "ok"}
 
 
 @app.get("/", response_class=RedirectResponse)
 async def root() -> str:
-    """Leads to the interactive documentation."""
+    """Lead to the interactive documentation."""
     return "/docs"

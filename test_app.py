@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import statistics
@@ -431,6 +432,169 @@ def test_images_and_packages_are_pinned() -> None:
     assert images and all(re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", image) for image in images)
     packages = (FOLDER / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package) for package in packages)
+
+
+def config(name: str) -> str:
+    """An inline file of docker-compose.yml, as the containers see it."""
+    content: str = COMPOSE["configs"][name]["content"]
+    assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", content), "Compose would replace a single $"
+    return content.replace("$$", "$")
+
+
+DASHBOARD = json.loads(config("dashboard"))
+RULES = [rule for group in yaml.safe_load(config("rules"))["groups"] for rule in group["rules"]]
+QUERIES = [
+    *[target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]],
+    *[rule["expr"] for rule in RULES],
+]
+
+
+def exposed(client: httpx.Client) -> dict[str, set[str]]:
+    """The metrics of a target of Prometheus, with the labels of each."""
+    text = client.get("/metrics").text
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {"up": {"job"}} | {s.name: {*s.labels, "job", "instance"} for s in samples}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process_* metrics exist on Linux only")
+@pytest.mark.parametrize("query", QUERIES)
+def test_queries_name_what_metrics_exposes(client: httpx.Client, query: str) -> None:
+    metrics = exposed(client)
+    names = set(re.findall(r"\b(?:ml|process)_\w+|\bup\b", query))
+    assert names and names <= metrics.keys()
+    matched = set(re.findall(r"(\w+)=", query))
+    grouped = {label for by in re.findall(r"by \(([^)]+)\)", query) for label in by.split(", ")}
+    for label in matched | grouped:
+        assert any(label in metrics[name] for name in names)
+    for name, value in re.findall(r"\b(ml_\w+)\{\w+=\"([^\"]+)\"\}", query):
+        assert re.search(rf'^{name}{{.*"{value}".*}}', client.get("/metrics").text, re.MULTILINE)
+
+
+def test_panels_ask_the_provisioned_data_source() -> None:
+    (source,) = yaml.safe_load(config("datasource"))["datasources"]
+    reference = {"type": source["type"], "uid": source["uid"]}
+    askers = [*DASHBOARD["panels"], *DASHBOARD["annotations"]["list"]]
+    assert all(asker["datasource"] == reference for asker in askers)
+    assert source["url"] == "http://prometheus:9090" and "prometheus" in COMPOSE["services"]
+    assert source["jsonData"]["timeInterval"] == PROMETHEUS["global"]["scrape_interval"]
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    cells = Counter[tuple[int, int]]()
+    for position in (panel["gridPos"] for panel in DASHBOARD["panels"]):
+        columns = range(position["x"], position["x"] + position["w"])
+        rows = range(position["y"], position["y"] + position["h"])
+        cells.update((column, row) for column in columns for row in rows)
+    assert max(cells.values()) == 1 and max(column for column, _ in cells) == 23
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_every_inline_file_is_mounted_where_its_reader_looks() -> None:
+    services = COMPOSE["services"]
+    mounted = {
+        config["source"]: config["target"]
+        for service in services.values()
+        for config in service.get("configs", [])
+    }
+    assert mounted.keys() == COMPOSE["configs"].keys()
+    assert mounted["rules"] == f"/etc/prometheus/{PROMETHEUS['rule_files'][0]}"
+    assert mounted["datasource"].startswith("/etc/grafana/provisioning/datasources/")
+    assert mounted["dashboards"].startswith("/etc/grafana/provisioning/dashboards/")
+    (provider,) = yaml.safe_load(config("dashboards"))["providers"]
+    assert Path(mounted["dashboard"]).parent == Path(provider["options"]["path"])
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert mounted["dashboard"] == home
+
+
+def test_alerts_wait_and_say_what_to_do() -> None:
+    names = [rule["alert"] for rule in RULES]
+    assert names == ["ModelApiDown", "HighErrorRatio", "HighLatency", "PredictionDrift"]
+    for rule in RULES:
+        assert rule["for"] and rule["labels"]["severity"] in ("critical", "warning")
+        assert ".Labels.version" in rule["annotations"]["summary"]
+
+
+def play_customer(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, amount: str, requests: int
+) -> list[tuple[str, object]]:
+    """The URLs and bodies that a customer of the traffic service sends, without the waiting."""
+    sent: list[tuple[str, object]] = []
+
+    class Enough(Exception):
+        """The customer has sent as many requests as the test wants."""
+
+    class Client:
+        async def post(self, url: str, json: object) -> None:
+            sent.append((url, json))
+            if len(sent) == requests:
+                raise Enough
+            if len(sent) % 10 == 0:
+                raise httpx.ConnectError("The service is away.")
+
+    async def no_wait(*_: object) -> None: ...
+
+    async def resolve(*_: object) -> tuple[str, list[str], list[str]]:
+        return "model-api", [], ["10.0.0.1", "10.0.0.2"]
+
+    monkeypatch.setenv("TRAFFIC_RATE", "30")
+    monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
+    (folder / "traffic.py").write_text(config("traffic"))
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "run", lambda main: main.close())
+        script = runpy.run_path(str(folder / "traffic.py"))
+    random.seed(1)
+    monkeypatch.setattr(asyncio, "sleep", no_wait)
+    monkeypatch.setattr(asyncio, "to_thread", resolve)
+    with pytest.raises(Enough):
+        asyncio.run(script["customer"](Client()))
+    return sent
+
+
+def fraud_share(bodies: list[object]) -> float:
+    async def predict_all() -> list[app.Prediction]:
+        return [await app.infer(app.Transaction.model_validate(body)) for body in bodies]
+
+    predictions = [answer.prediction for answer in asyncio.run(predict_all())]
+    return predictions.count("fraud") / len(predictions)
+
+
+def test_traffic_is_plausible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent = play_customer(monkeypatch, tmp_path, amount="50", requests=3_000)
+    urls = Counter(url for url, _ in sent)
+    assert urls.keys() == {f"http://10.0.0.{n}:8000/predict" for n in (1, 2)}
+    assert min(urls.values()) > 1_300, "the replicas share the requests"
+    transactions = [body for _, body in sent if isinstance(body, dict)]
+    assert 0.97 < len(transactions) / len(sent) < 0.99
+    assert 0.02 < fraud_share(transactions) < 0.05
+
+
+def test_traffic_amount_stages_a_drift(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent = play_customer(monkeypatch, tmp_path, amount="500", requests=300)
+    assert fraud_share([body for _, body in sent if isinstance(body, dict)]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("TRAFFIC_RATE", "many"), ("TRAFFIC_RATE", "0"), ("TRAFFIC_AMOUNT", "-1")],
+)
+def test_bad_traffic_setting_stops_the_start(name: str, given: str) -> None:
+    environment = {"TRAFFIC_RATE": "30", "TRAFFIC_AMOUNT": "50", name: given}
+    run = subprocess.run(
+        [sys.executable, "-c", config("traffic")],
+        check=False,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("TRAFFIC_RATE must be") and run.stderr.count("\n") == 1
+
+
+def test_live_editing_replaces_app_py() -> None:
+    (rule,) = COMPOSE["services"]["model-api"]["develop"]["watch"]
+    workdir = re.findall(r"^WORKDIR (.+)", DOCKERFILE, re.MULTILINE)[-1]
+    assert (FOLDER / rule["path"]).is_file() and rule["target"] == f"{workdir}/{rule['path']}"
 
 
 def test_stored_data_outlives_the_containers() -> None:

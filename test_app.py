@@ -443,7 +443,9 @@ def config(name: str) -> str:
 
 DASHBOARD = json.loads(config("dashboard"))
 RULES = [rule for group in yaml.safe_load(config("rules"))["groups"] for rule in group["rules"]]
+README = (FOLDER / "README.md").read_text()
 QUERIES = [
+    *re.findall(r"^```promql\n# .+\n(.+)\n```$", README, re.MULTILINE),
     *[target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]],
     *[rule["expr"] for rule in RULES],
 ]
@@ -601,3 +603,70 @@ def test_stored_data_outlives_the_containers() -> None:
     for service in ("prometheus", "grafana"):
         volumes = [volume.split(":")[0] for volume in COMPOSE["services"][service]["volumes"]]
         assert set(volumes) & COMPOSE["volumes"].keys()
+
+
+# ---------------------------------------------------------------- The README
+
+
+def table(first_column: str) -> dict[str, list[str]]:
+    """The rows of a table of the README, by their first cell."""
+    _, _, rest = README.partition(f"\n| {first_column} |")
+    lines = rest.partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_readme_lists_the_settings() -> None:
+    listed = {
+        name: row
+        for names, (defaults, *row) in table("Variable").items()
+        for name, row in zip(names.split("`, `"), [[d, *row] for d in defaults.split("`, `")])
+    }
+    settings = app.Settings.model_fields.items()
+    compose = re.findall(r"\$\{(\w+):-([^}]+)\}", (FOLDER / "docker-compose.yml").read_text())
+    assert {name: row[0] for name, row in listed.items()} == {
+        **{name: str(field.default) for name, field in settings},
+        **dict(compose),
+    }
+    assert all(listed[name][1] == field.description for name, field in settings)
+
+
+def test_readme_lists_the_metrics(client: httpx.Client) -> None:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    exposed = {
+        family.name + "_total" * (family.type == "counter"): [
+            family.type,
+            *sorted({*family.samples[0].labels} - LABELS.keys()),
+        ]
+        for family in families
+        if family.name.startswith("ml_")
+    }
+    listed = table("Metric").items()
+    assert {name: [cell for cell in row[:2] if cell] for name, row in listed} == exposed
+
+
+def test_readme_lists_the_alerts() -> None:
+    assert list(table("Alert")) == [rule["alert"] for rule in RULES]
+    for rule, (text,) in zip(RULES, table("Alert").values()):
+        assert text.endswith(f"for {rule['for'].removesuffix('s')} s")
+
+
+def test_readme_answers_are_real(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = re.findall(r"^\$ curl .*--json '(.+?)'.*/predict.*\n({.+})$", README, re.MULTILINE)
+    assert len(shown) == 4
+    for body, answer in shown:
+        headers = {"Content-Type": "application/json"}
+        real, expected = (
+            client.post("/predict", content=body, headers=headers).json(),
+            json.loads(answer),
+        )
+        # The last digit of the score depends on the machine.
+        assert real.pop("score", None) == pytest.approx(expected.pop("score", None))
+        assert real == expected
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
+    assert f"\n{client.post('/predict', json=LEGIT).text}\n" in README
+
+
+def test_readme_and_ci_run_the_same_tests() -> None:
+    command = (FOLDER / ".ci" / "run").read_text().splitlines()[-1]
+    assert f"```sh\n{command}\n```" in README

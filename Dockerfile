@@ -10,4 +10,4 @@ COPY --chown=app . .
 USER app
 HEALTHCHECK --interval=10s --timeout=3s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
-CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--timeout-graceful-shutdown", "5"]
+CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--timeout-graceful-shutdown", "8"]

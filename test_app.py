@@ -13,9 +13,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -44,7 +45,9 @@ def ideal_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def client() -> Iterator[httpx.Client]:
     """A client of the service, which runs in a thread of the tests so that they can change it."""
-    server = uvicorn.Server(uvicorn.Config(app.app, port=0, log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(app.app, port=0, log_config=None, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -141,7 +144,7 @@ def test_latency_is_log_normal(monkeypatch: pytest.MonkeyPatch) -> None:
             await app.infer(app.Transaction(amount=1))
 
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(app, "asyncio", SimpleNamespace(sleep=sleep))
     random.seed(1)
     asyncio.run(infer_often())
     percentiles = statistics.quantiles(waits, n=100)
@@ -255,7 +258,9 @@ def test_body_limit(client: httpx.Client) -> None:
     assert client.post("/predict", content=endless, headers=headers).status_code == 413
 
 
-def test_client_that_goes_away_is_not_counted(client: httpx.Client) -> None:
+def test_client_that_goes_away_is_not_counted(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
     before = counts(client)
     with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
         connection.sendall(
@@ -264,6 +269,7 @@ def test_client_that_goes_away_is_not_counted(client: httpx.Client) -> None:
         )
     assert client.post("/predict", json=LEGIT).status_code == 200
     assert counts(client) - before == {"predictions": 1, "model_calls": 1, "scores": 1}
+    assert "Traceback" not in caplog.text
 
 
 def test_counts_are_exact_under_concurrency(
@@ -347,39 +353,49 @@ DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 COMMAND = json.loads(re.findall(r"^CMD (.+)", DOCKERFILE, re.MULTILINE)[-1])
 
 
-def start(**environment: str) -> subprocess.Popen[str]:
-    """Start the service as the Dockerfile does, but on a free port of this machine only."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
-        cwd=FOLDER,
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the service as the Dockerfile does, but on a free port of this machine only."""
+    processes = []
+
+    def start(**environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
+            cwd=FOLDER,
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_start_metrics_and_sigterm() -> None:
+def test_start_metrics_and_sigterm(start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(FAILURE_RATE="0", MODEL_LATENCY_SECONDS="1", MODEL_VERSION="v9")
-    with process, httpx.Client(trust_env=False) as client:
-        assert process.stderr
-        log = iter(process.stderr.readline, "")
-        url = next(m[0] for line in log if (m := re.search(r"http://127.0.0.1:\d+", line)))
-        series = [line for line in client.get(url + "/metrics").text.splitlines() if "ml_" in line]
+    assert process.stderr
+    log = iter(process.stderr.readline, "")
+    address = next(m for line in log if (m := re.search(r"http://(127.0.0.1):(\d+)", line)))
+    with httpx.Client(base_url=address[0], trust_env=False) as client:
+        series = [line for line in client.get("/metrics").text.splitlines() if "ml_" in line]
         values = [line.split()[-1] for line in series if not line.startswith("#")]
         assert len(values) == 1 + 2 + (11 + 2) + (11 + 2) and set(values) == {"0.0"}
         assert 'ml_predictions_total{model_name="fraud_model",version="v9"} 0.0' in series
 
-        address = httpx.URL(url)
-        with socket.create_connection((address.host, address.port)) as in_flight:
+        with socket.create_connection((address[1], int(address[2]))) as in_flight:
             in_flight.sendall(
                 b"POST /predict HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\n"
                 b'Content-Length: 13\r\n\r\n{"amount": 1}'
             )
-            assert client.get(url + "/health").status_code == 200  # The service has both by now.
+            assert client.get("/health").status_code == 200  # The service has both by now.
             process.send_signal(signal.SIGTERM)
             assert in_flight.recv(1024).startswith(b"HTTP/1.1 200")
-        assert process.wait(timeout=10) in (0, -signal.SIGTERM)
+    assert process.wait(timeout=10) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +407,9 @@ def test_start_metrics_and_sigterm() -> None:
         ("MODEL_VERSION", " ", "one character or more"),
     ],
 )
-def test_bad_setting_stops_the_start(name: str, given: str, allowed: str) -> None:
+def test_bad_setting_stops_the_start(
+    start: Callable[..., subprocess.Popen[str]], name: str, given: str, allowed: str
+) -> None:
     process = start(**{name: given})
     _, log = process.communicate(timeout=20)
     assert process.returncode == 1
@@ -545,10 +563,10 @@ def play_customer(
         patch.setattr(asyncio, "run", lambda main: main.close())
         script = runpy.run_path(str(folder / "traffic.py"))
     random.seed(1)
-    monkeypatch.setattr(asyncio, "sleep", no_wait)
-    monkeypatch.setattr(asyncio, "to_thread", resolve)
+    customer = script["customer"]
+    customer.__globals__["asyncio"] = SimpleNamespace(sleep=no_wait, to_thread=resolve)
     with pytest.raises(Enough):
-        asyncio.run(script["customer"](Client()))
+        asyncio.run(customer(Client()))
     return sent
 
 

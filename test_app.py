@@ -403,8 +403,8 @@ def test_start_metrics_and_sigterm(start: Callable[..., subprocess.Popen[str]]) 
     [
         *[("FAILURE_RATE", g, "a number from 0 to 1") for g in ("", "a", "-0.1", "1.1", "nan")],
         *[("MODEL_LATENCY_SECONDS", g, "a number from 0 to 60") for g in ("", "61", "inf")],
-        ("MODEL_NAME", "", "one character or more"),
-        ("MODEL_VERSION", " ", "one character or more"),
+        ("MODEL_NAME", "", "a name of one character or more"),
+        ("MODEL_VERSION", " ", "a name of one character or more"),
     ],
 )
 def test_bad_setting_stops_the_start(

@@ -31,8 +31,15 @@ LABELS = {"model_name": app.settings.MODEL_NAME, "version": app.settings.MODEL_V
 LEGIT = {"amount": 42.5}
 FRAUD = {"amount": 9_000, "international": True}
 FOLDER = Path(__file__).parent
-COMPOSE = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())
-PROMETHEUS = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+
+
+def read(name: str) -> str:
+    """A file of the project."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+COMPOSE = yaml.safe_load(read("docker-compose.yml"))
+PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
 
 
 @pytest.fixture(autouse=True)
@@ -349,7 +356,7 @@ def test_example_in_the_docs_can_be_sent(client: httpx.Client) -> None:
 
 # ------------------------------------------------- The process and its start
 
-DOCKERFILE = (FOLDER / "Dockerfile").read_text()
+DOCKERFILE = read("Dockerfile")
 COMMAND = json.loads(re.findall(r"^CMD (.+)", DOCKERFILE, re.MULTILINE)[-1])
 
 
@@ -448,7 +455,7 @@ def test_ports_are_local_and_changeable() -> None:
 def test_images_and_packages_are_pinned() -> None:
     images = [s["image"] for s in COMPOSE["services"].values() if "image" in s]
     assert images and all(re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", image) for image in images)
-    packages = (FOLDER / "requirements.txt").read_text().split()
+    packages = read("requirements.txt").split()
     assert all(re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package) for package in packages)
 
 
@@ -461,7 +468,7 @@ def config(name: str) -> str:
 
 DASHBOARD = json.loads(config("dashboard"))
 RULES = [rule for group in yaml.safe_load(config("rules"))["groups"] for rule in group["rules"]]
-README = (FOLDER / "README.md").read_text()
+README = read("README.md")
 QUERIES = [
     *re.findall(r"^```promql\n# .+\n(.+)\n```$", README, re.MULTILINE),
     *[target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]],
@@ -558,7 +565,7 @@ def play_customer(
 
     monkeypatch.setenv("TRAFFIC_RATE", "30")
     monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
-    (folder / "traffic.py").write_text(config("traffic"))
+    (folder / "traffic.py").write_text(config("traffic"), encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(asyncio, "run", lambda main: main.close())
         script = runpy.run_path(str(folder / "traffic.py"))
@@ -641,7 +648,7 @@ def test_readme_lists_the_settings() -> None:
         for name, row in zip(names.split("`, `"), [[d, *row] for d in defaults.split("`, `")])
     }
     settings = app.Settings.model_fields.items()
-    compose = re.findall(r"\$\{(\w+):-([^}]+)\}", (FOLDER / "docker-compose.yml").read_text())
+    compose = re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
     assert {name: row[0] for name, row in listed.items()} == {
         **{name: str(field.default) for name, field in settings},
         **dict(compose),
@@ -686,5 +693,5 @@ def test_readme_answers_are_real(client: httpx.Client, monkeypatch: pytest.Monke
 
 
 def test_readme_and_ci_run_the_same_tests() -> None:
-    command = (FOLDER / ".ci" / "run").read_text().splitlines()[-1]
+    command = read(".ci/run").splitlines()[-1]
     assert f"```sh\n{command}\n```" in README

@@ -178,6 +178,17 @@ def test_model_calls_overlap(client: httpx.Client, monkeypatch: pytest.MonkeyPat
 # -------------------------------------------------------------------- Faults
 
 
+def test_answer_that_is_no_prediction(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def infer(transaction: app.Transaction) -> None: ...
+
+    monkeypatch.setattr(app, "infer", infer)
+    before = counts(client)
+    assert client.post("/predict", json=LEGIT).status_code == 500
+    assert counts(client) - before == {"predictions": 1, "model_failures": 1, "model_calls": 1}
+
+
 def test_simulated_failure(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
     before = counts(client)
@@ -293,6 +304,7 @@ def test_counts_are_exact_under_concurrency(
     with ThreadPoolExecutor(32) as pool:
         statuses = Counter(pool.map(send, range(1, 801)))
     assert statuses.keys() == {200, 422, 500} and statuses[422] == 200
+    assert statuses[500] / 600 == pytest.approx(0.3, abs=0.1)
     assert counts(client) - before == {
         "predictions": 800,
         "invalid_input": statuses[422],
@@ -476,25 +488,43 @@ QUERIES = [
 ]
 
 
-def exposed(client: httpx.Client) -> dict[str, set[str]]:
-    """The metrics of a target of Prometheus, with the labels of each."""
-    text = client.get("/metrics").text
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    return {"up": {"job"}} | {s.name: {*s.labels, "job", "instance"} for s in samples}
+@pytest.fixture
+def exposed(client: httpx.Client) -> dict[str, list[dict[str, str]]]:
+    """The labels of each series that Prometheus has of a replica, by metric."""
+    target = {"job": "model-api", "instance": "10.0.0.1:8000"}
+    series = {"up": [target]}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            series.setdefault(sample.name, []).append({**sample.labels, **target})
+    return series
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="process_* metrics exist on Linux only")
 @pytest.mark.parametrize("query", QUERIES)
-def test_queries_name_what_metrics_exposes(client: httpx.Client, query: str) -> None:
-    metrics = exposed(client)
+def test_queries_name_what_metrics_exposes(
+    exposed: dict[str, list[dict[str, str]]], query: str
+) -> None:
     names = set(re.findall(r"\b(?:ml|process)_\w+|\bup\b", query))
-    assert names and names <= metrics.keys()
-    matched = set(re.findall(r"(\w+)=", query))
-    grouped = {label for by in re.findall(r"by \(([^)]+)\)", query) for label in by.split(", ")}
-    for label in matched | grouped:
-        assert any(label in metrics[name] for name in names)
-    for name, value in re.findall(r"\b(ml_\w+)\{\w+=\"([^\"]+)\"\}", query):
-        assert re.search(rf'^{name}{{.*"{value}".*}}', client.get("/metrics").text, re.MULTILINE)
+    if "process_" in query and sys.platform != "linux":
+        pytest.skip("process_* metrics exist on Linux only")
+    assert names and names <= exposed.keys()
+    for name, label, value in re.findall(r"(\w+)\{(\w+)=\"([^\"]+)\"\}", query):
+        assert any(labels.get(label) == value for labels in exposed[name])
+    for label in grouped_by(query):
+        assert all(label in exposed[name][0] for name in names)
+
+
+def grouped_by(query: str) -> set[str]:
+    return {label for by in re.findall(r"by \(([^)]+)\)", query) for label in by.split(", ")}
+
+
+def test_legends_name_labels_of_their_query() -> None:
+    for target in (target for panel in DASHBOARD["panels"] for target in panel["targets"]):
+        named = set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
+        assert named <= (grouped_by(target["expr"]) or {"instance"})
+
+
+def test_alert_summaries_ask_for_exposed_metrics(exposed: dict[str, list[dict[str, str]]]) -> None:
+    assert set(re.findall(r"\bml_\w+", config("rules"))) <= exposed.keys()
 
 
 def test_panels_ask_the_provisioned_data_source() -> None:

@@ -36,12 +36,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(str_strip_whitespace=True)
 
-    FAILURE_RATE: float = Field(0.1, ge=0, le=1, description="a number from 0 to 1")
-    MODEL_LATENCY_SECONDS: float = Field(0.05, ge=0, le=60, description="a number from 0 to 60")
-    MODEL_NAME: str = Field(
-        "fraud_model", min_length=1, description="a name of one character or more"
-    )
-    MODEL_VERSION: str = Field("v1", min_length=1, description="a name of one character or more")
+    FAILURE_RATE: float = Field(default=0.1, ge=0, le=1, description="from 0 to 1")
+    MODEL_LATENCY_SECONDS: float = Field(default=0.05, ge=0, le=60, description="from 0 to 60")
+    MODEL_NAME: str = Field(default="fraud_model", min_length=1, description="at least 1 character")
+    MODEL_VERSION: str = Field(default="v1", min_length=1, description="at least 1 character")
 
 
 try:
@@ -100,7 +98,7 @@ class Transaction(BaseModel):
     )
 
     amount: float = Field(ge=0, le=1_000_000, description="In US dollars.")
-    international: bool = Field(False, description="Whether the money leaves the country.")
+    international: bool = Field(default=False, description="Whether the money leaves the country.")
 
 
 class Prediction(BaseModel):

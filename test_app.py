@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ def scrape(client: httpx.Client) -> Counter[str]:
             if sample.name.startswith("ml_"):
                 assert sample.labels.items() >= LABELS.items()
                 own = [f"{k}={v}" for k, v in sample.labels.items() if k not in LABELS]
-                series[" ".join([sample.name, *own])] = sample.value
+                series[" ".join([sample.name, *own])] = int(sample.value)
     return series
 
 
@@ -420,10 +420,10 @@ def test_start_metrics_and_sigterm(start: Callable[..., subprocess.Popen[str]]) 
 @pytest.mark.parametrize(
     ("name", "given", "allowed"),
     [
-        *[("FAILURE_RATE", g, "a number from 0 to 1") for g in ("", "a", "-0.1", "1.1", "nan")],
-        *[("MODEL_LATENCY_SECONDS", g, "a number from 0 to 60") for g in ("", "61", "inf")],
-        ("MODEL_NAME", "", "a name of one character or more"),
-        ("MODEL_VERSION", " ", "a name of one character or more"),
+        *[("FAILURE_RATE", g, "from 0 to 1") for g in ("", "a", "-0.1", "1.1", "nan")],
+        *[("MODEL_LATENCY_SECONDS", g, "from 0 to 60") for g in ("", "61", "inf")],
+        ("MODEL_NAME", "", "at least 1 character"),
+        ("MODEL_VERSION", " ", "at least 1 character"),
     ],
 )
 def test_bad_setting_stops_the_start(
@@ -607,7 +607,7 @@ def play_customer(
     return sent
 
 
-def fraud_share(bodies: list[object]) -> float:
+def fraud_share(bodies: Sequence[object]) -> float:
     async def predict_all() -> list[app.Prediction]:
         return [await app.infer(app.Transaction.model_validate(body)) for body in bodies]
 

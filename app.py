@@ -199,7 +199,7 @@ async def read_body(request: Request) -> None:
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, f"The body is over {MAX_BODY_BYTES} bytes.")
-    request._body = body
+    request._body = body  # Starlette looks here first when it is asked for the body.
 
 
 def explain(error: RequestValidationError) -> Response:

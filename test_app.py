@@ -396,7 +396,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_start_metrics_and_sigterm(start: Callable[..., subprocess.Popen[str]]) -> None:
-    process = start(FAILURE_RATE="0", MODEL_LATENCY_SECONDS="1", MODEL_VERSION="v9")
+    process = start(FAILURE_RATE="0", MODEL_LATENCY_SECONDS="1", MODEL_NAME="m", MODEL_VERSION="v9")
     assert process.stderr
     log = iter(process.stderr.readline, "")
     address = next(m for line in log if (m := re.search(r"http://(127.0.0.1):(\d+)", line)))
@@ -404,7 +404,7 @@ def test_start_metrics_and_sigterm(start: Callable[..., subprocess.Popen[str]]) 
         series = [line for line in client.get("/metrics").text.splitlines() if "ml_" in line]
         values = [line.split()[-1] for line in series if not line.startswith("#")]
         assert len(values) == 1 + 2 + (11 + 2) + (11 + 2) and set(values) == {"0.0"}
-        assert 'ml_predictions_total{model_name="fraud_model",version="v9"} 0.0' in series
+        assert 'ml_predictions_total{model_name="m",version="v9"} 0.0' in series
 
         with socket.create_connection((address[1], int(address[2]))) as in_flight:
             in_flight.sendall(
@@ -709,6 +709,8 @@ def test_readme_lists_the_alerts() -> None:
 def test_readme_answers_are_real(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = re.findall(r"^\$ curl .*--json '(.+?)'.*/predict.*\n({.+})$", README, re.MULTILINE)
     assert len(shown) == 4
+    for name in ("MODEL_NAME", "MODEL_VERSION"):
+        monkeypatch.setattr(app.settings, name, app.Settings.model_fields[name].default)
     for body, answer in shown:
         headers = {"Content-Type": "application/json"}
         real, expected = (

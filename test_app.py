@@ -149,6 +149,7 @@ def test_latency_is_log_normal(monkeypatch: pytest.MonkeyPatch) -> None:
     async def infer_often() -> None:
         for _ in range(10_000):
             await app.infer(app.Transaction(amount=1))
+            assert waits, "the model waits without blocking the event loop"
 
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
     monkeypatch.setattr(app, "asyncio", SimpleNamespace(sleep=sleep))

@@ -30,6 +30,7 @@ import app
 LABELS = {"model_name": app.settings.MODEL_NAME, "version": app.settings.MODEL_VERSION}
 LEGIT = {"amount": 42.5}
 FRAUD = {"amount": 9_000, "international": True}
+JSON = {"Content-Type": "application/json"}
 FOLDER = Path(__file__).parent
 
 
@@ -250,8 +251,7 @@ BAD_INPUT = [
 @pytest.mark.parametrize(("body", "status", "says"), BAD_INPUT)
 def test_bad_input(client: httpx.Client, body: bytes, status: int, says: str) -> None:
     before = counts(client)
-    headers = {"Content-Type": "application/json"}
-    answer = client.post("/predict", content=body, headers=headers)
+    answer = client.post("/predict", content=body, headers=JSON)
     assert answer.status_code == status
     assert says in json.dumps(answer.json()["detail"])
     assert counts(client) - before == {"predictions": 1, "invalid_input": 1}
@@ -268,13 +268,12 @@ def test_another_content_type(client: httpx.Client, content_type: str | None) ->
 
 
 def test_body_limit(client: httpx.Client) -> None:
-    headers = {"Content-Type": "application/json"}
     body = b'{"amount": 1}'.ljust(64 * 1024)
     chunks = (body[i : i + 1024] for i in range(0, len(body), 1024))
     for content in (body, chunks):
-        assert client.post("/predict", content=content, headers=headers).status_code == 200
+        assert client.post("/predict", content=content, headers=JSON).status_code == 200
     endless = (b" " * 1024 for _ in range(1024))
-    assert client.post("/predict", content=endless, headers=headers).status_code == 413
+    assert client.post("/predict", content=endless, headers=JSON).status_code == 413
 
 
 def test_client_that_goes_away_is_not_counted(
@@ -482,9 +481,10 @@ def config(name: str) -> str:
 DASHBOARD = json.loads(config("dashboard"))
 RULES = [rule for group in yaml.safe_load(config("rules"))["groups"] for rule in group["rules"]]
 README = read("README.md")
+TARGETS = [target for panel in DASHBOARD["panels"] for target in panel["targets"]]
 QUERIES = [
     *re.findall(r"^```promql\n# .+\n(.+)\n```$", README, re.MULTILINE),
-    *[target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]],
+    *[target["expr"] for target in TARGETS],
     *[rule["expr"] for rule in RULES],
 ]
 
@@ -519,7 +519,7 @@ def grouped_by(query: str) -> set[str]:
 
 
 def test_legends_name_labels_of_their_query() -> None:
-    for target in (target for panel in DASHBOARD["panels"] for target in panel["targets"]):
+    for target in TARGETS:
         named = set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))
         assert named <= (grouped_by(target["expr"]) or {"instance"})
 
@@ -673,14 +673,10 @@ def table(first_column: str) -> dict[str, list[str]]:
 
 
 def test_readme_lists_the_settings() -> None:
-    listed = {
-        name: row
-        for names, (defaults, *row) in table("Variable").items()
-        for name, row in zip(names.split("`, `"), [[d, *row] for d in defaults.split("`, `")])
-    }
+    listed = table("Variable")
     settings = app.Settings.model_fields.items()
     compose = re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
-    assert {name: row[0] for name, row in listed.items()} == {
+    assert {name: default for name, (default, *_) in listed.items()} == {
         **{name: str(field.default) for name, field in settings},
         **dict(compose),
     }
@@ -713,11 +709,8 @@ def test_readme_answers_are_real(client: httpx.Client, monkeypatch: pytest.Monke
     for name in ("MODEL_NAME", "MODEL_VERSION"):
         monkeypatch.setattr(app.settings, name, app.Settings.model_fields[name].default)
     for body, answer in shown:
-        headers = {"Content-Type": "application/json"}
-        real, expected = (
-            client.post("/predict", content=body, headers=headers).json(),
-            json.loads(answer),
-        )
+        real = client.post("/predict", content=body, headers=JSON).json()
+        expected = json.loads(answer)
         # The last digit of the score depends on the machine.
         assert real.pop("score", None) == pytest.approx(expected.pop("score", None))
         assert real == expected

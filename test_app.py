@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -11,12 +12,12 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -24,28 +25,23 @@ import yaml
 from fastapi import HTTPException
 from httpx import AsyncClient
 from prometheus_client import REGISTRY
-from prometheus_client.parser import text_string_to_metric_families
-from pytest import LogCaptureFixture, MonkeyPatch
+from pytest import LogCaptureFixture, MonkeyPatch, approx
 
 import app
 
+FOLDER = Path(__file__).parent
 LABELS = {"model_name": app.settings.MODEL_NAME, "version": app.settings.MODEL_VERSION}
 LEGIT = {"amount": 42.5}
-FRAUD = {"amount": 9_000, "international": True}
+LARGEST = json.dumps(LEGIT).encode().ljust(64 * 1024)
+FRAUD = b'{"amount": 9000, "international": true}'.ljust(64 * 1024)
 JSON = {"Content-Type": "application/json"}
-FOLDER = Path(__file__).parent
 
 pytestmark = pytest.mark.anyio  # AnyIO, which FastAPI brings along, runs the async tests.
 
 
-def read(name: str) -> str:
-    """A file of the project."""
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
 @pytest.fixture
 def anyio_backend() -> str:
-    """The event loop that uvicorn has, too."""
+    """The event loop of the service."""
     return "asyncio"
 
 
@@ -59,11 +55,8 @@ def ideal_model(monkeypatch: MonkeyPatch) -> None:
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncClient]:
     """A client of the service in this process, where the tests can change it."""
-    async with AsyncClient(
-        transport=httpx.ASGITransport(app.app),
-        base_url="http://api",
-        event_hooks={"response": [is_documented]},
-    ) as client:
+    transport, hooks = httpx.ASGITransport(app.app), {"response": [is_documented]}
+    async with AsyncClient(transport=transport, base_url="http://api", event_hooks=hooks) as client:
         yield client
 
 
@@ -75,37 +68,26 @@ async def is_documented(response: httpx.Response) -> None:
         assert response.headers.get("content-type", "").partition(";")[0] in documented
 
 
-@pytest.fixture
-def answer_with(monkeypatch: MonkeyPatch) -> Callable[[object], None]:
-    """Has the model answer with this, or raise it."""
-
-    def answer_with(answer: object) -> None:
-        async def infer(_: app.Transaction) -> object:
-            if isinstance(answer, BaseException):
-                raise answer
-            return answer
-
-        monkeypatch.setattr(app, "infer", infer)
-
-    return answer_with
-
-
-def value(name: str, **labels: str) -> float:
-    """A series of the service."""
-    found = REGISTRY.get_sample_value(name, {**LABELS, **labels})
-    assert found is not None
-    return found
+async def chunks(body: bytes) -> AsyncIterator[bytes]:
+    """A body that is sent without its length."""
+    for start in range(0, len(body), 1024):
+        yield body[start : start + 1024]
 
 
 def counts() -> Counter[str]:
     """What the service has counted so far."""
+    series = {
+        "predictions": ("ml_predictions_total", {}),
+        "invalid_input": ("ml_prediction_errors_total", {"reason": "invalid_input"}),
+        "model_failure": ("ml_prediction_errors_total", {"reason": "model_failure"}),
+        "in_progress": ("ml_predictions_in_progress", {}),
+        "model_calls": ("ml_prediction_duration_seconds_count", {}),
+        "scores": ("ml_prediction_score_count", {}),
+        "legit_scores": ("ml_prediction_score_bucket", {"le": "0.5"}),
+    }
+    value = REGISTRY.get_sample_value
     return Counter(
-        predictions=int(value("ml_predictions_total")),
-        invalid_input=int(value("ml_prediction_errors_total", reason="invalid_input")),
-        model_failure=int(value("ml_prediction_errors_total", reason="model_failure")),
-        in_progress=int(value("ml_predictions_in_progress")),
-        model_calls=int(value("ml_prediction_duration_seconds_count")),
-        scores=int(value("ml_prediction_score_count")),
+        {name: int(value(metric, LABELS | own)) for name, (metric, own) in series.items()}
     )
 
 
@@ -117,114 +99,78 @@ def counted(**expected: int) -> Iterator[None]:
     assert {name: n - before[name] for name, n in counts().items() if n != before[name]} == expected
 
 
-# ------------------------------------------------------------------- Predict
-
-
 async def test_predict_answers_with_a_score(client: AsyncClient) -> None:
-    assert [LEGIT["amount"]] == app.Transaction.model_fields["amount"].examples
-    for transaction, prediction, score in ((LEGIT, "legit", 0.0614), (FRAUD, "fraud", 0.9760)):
-        with counted(predictions=1, model_calls=1, scores=1):
-            answer = await client.post("/predict", json=transaction)
-        assert answer.status_code == 200
-        score = pytest.approx(score, abs=1e-4)
-        assert answer.json() == {"prediction": prediction, "score": score, **LABELS}
+    with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
+        legit = await client.post("/predict", content=LARGEST, headers=JSON)
+        fraud = await client.post("/predict", content=chunks(FRAUD), headers=JSON)
+    assert (legit.status_code, fraud.status_code) == (200, 200)
+    assert legit.json() == {"prediction": "legit", "score": approx(0.0614, abs=1e-4), **LABELS}
+    assert fraud.json() == {"prediction": "fraud", "score": approx(0.9760, abs=1e-4), **LABELS}
 
 
-@pytest.mark.parametrize(("score", "prediction"), [(0.5, "legit"), (0.500001, "fraud")])
-async def test_the_bucket_le_0_5_holds_what_is_legit(
-    client: AsyncClient, answer_with: Callable[[object], None], score: float, prediction: str
-) -> None:
-    answer_with(score)
-    before = value("ml_prediction_score_bucket", le="0.5")
-    assert (await client.post("/predict", json=LEGIT)).json()["prediction"] == prediction
-    assert value("ml_prediction_score_bucket", le="0.5") - before == (prediction == "legit")
+async def test_decision_threshold(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[0.5, 0.500001]))
+    with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
+        answers = [await client.post("/predict", json=LEGIT) for _ in range(2)]
+    assert [answer.json()["prediction"] for answer in answers] == ["legit", "fraud"]
 
 
 async def test_latency_is_log_normal(monkeypatch: MonkeyPatch) -> None:
     waits: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
-
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    monkeypatch.setattr(app, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(asyncio, "sleep", AsyncMock(side_effect=waits.append))
     random.seed(1)
-    for _ in range(10_000):
+    for _ in range(2_000):
         await app.simulate_latency_and_failures()
-        assert waits, "the model waits without blocking the event loop"
     percentiles = statistics.quantiles(waits, n=100)
-    assert percentiles[49] == pytest.approx(0.05, rel=0.1)
-    assert percentiles[98] == pytest.approx(0.15, rel=0.1)
+    assert (percentiles[49], percentiles[98]) == (approx(0.05, rel=0.1), approx(0.15, rel=0.1))
 
 
-async def test_calls_of_the_model_overlap(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    all_in_progress = asyncio.Event()
+async def test_800_requests_at_once(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    in_progress: list[int] = []
 
     async def infer(_: app.Transaction) -> float:
-        if value("ml_predictions_in_progress") == 8:
-            all_in_progress.set()
-        await asyncio.wait_for(all_in_progress.wait(), timeout=5)
-        return 0
+        in_progress.append(counts()["in_progress"])
+        return 0.1
 
     monkeypatch.setattr(app, "infer", infer)
-    with counted(predictions=8, model_calls=8, scores=8):
-        answers = await asyncio.gather(*(client.post("/predict", json=LEGIT) for _ in range(8)))
-    assert [answer.status_code for answer in answers] == [200] * 8
-
-
-async def test_counts_are_exact_under_concurrency(
-    client: AsyncClient, monkeypatch: MonkeyPatch
-) -> None:
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
-    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.005)
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
     before = counts()
-    bodies = [{"amount": -1 if number % 4 == 0 else number} for number in range(800)]
+    bodies = [{"amount": -1 if number % 4 == 0 else 1} for number in range(800)]
     answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses.keys() == {200, 422, 500} and statuses[422] == 200
-    assert statuses[500] / 600 == pytest.approx(0.3, abs=0.1)
+    assert statuses[500] / 600 == approx(0.3, abs=0.1)
+    assert 8 < max(in_progress) <= 600, "calls overlap"
     assert counts() - before == {
         "predictions": 800,
         "invalid_input": statuses[422],
         "model_failure": statuses[500],
         "model_calls": statuses[200] + statuses[500],
         "scores": statuses[200],
+        "legit_scores": statuses[200],
     }
 
 
-# -------------------------------------------------------------------- Faults
-
-WRONG_ANSWERS = [None, {"score": 0.1}, "0.1", 1.5, -0.1, float("nan")]
+WRONG_ANSWERS = [None, {"score": 0.1}, "0.1", 1.5, -0.1, math.nan]
 ERRORS = [ZeroDivisionError("boom"), HTTPException(404), TimeoutError(), asyncio.CancelledError()]
 
 
-@pytest.mark.parametrize("answer", [*WRONG_ANSWERS, *ERRORS], ids=repr)
-async def test_a_model_that_goes_wrong(
-    client: AsyncClient,
-    answer_with: Callable[[object], None],
-    caplog: LogCaptureFixture,
-    answer: object,
+@pytest.mark.parametrize("answer", [*WRONG_ANSWERS, *ERRORS, app.SimulatedError("boom")], ids=repr)
+async def test_model_failure(
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture, answer: object
 ) -> None:
-    answer_with(answer)
+    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[answer]))
     with counted(predictions=1, model_failure=1, model_calls=1):
         response = await client.post("/predict", json=LEGIT)
     assert response.status_code == 500
     assert response.json() == {"detail": "The model failed. The log says why."}
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert record.exc_info and repr(record.exc_info[1]) in record.getMessage()
+    assert type(answer).__name__ in record.getMessage() or answer in WRONG_ANSWERS
+    assert bool(record.exc_info) == (not isinstance(answer, app.SimulatedError))
 
 
-async def test_a_simulated_failure_is_one_line_in_the_log(
-    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
-    with counted(predictions=1, model_failure=1, model_calls=1):
-        assert (await client.post("/predict", json=LEGIT)).status_code == 500
-    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert "FAILURE_RATE is 1" in record.getMessage() and not record.exc_info
-
-
-LIMIT = 64 * 1024
 BAD_INPUT = [
     # body, status, what the answer says
     (b"{}", 422, "Field required"),
@@ -232,51 +178,31 @@ BAD_INPUT = [
     (b'{"amount": "12"}', 422, "valid number"),
     (b'{"amount": true}', 422, "valid number"),
     (b'{"amount": null}', 422, "valid number"),
-    (b'{"amount": 1, "international": "yes"}', 422, "valid boolean"),
     (b'{"amount": 1, "international": 1}', 422, "valid boolean"),
     (b'{"amount": -0.01}', 422, "greater than or equal to 0"),
     (b'{"amount": 1000000.01}', 422, "less than or equal to 1000000"),
     (b'{"amount": 1e999}', 422, "less than or equal to 1000000"),
-    (b'{"amount": Infinity}', 422, "less than or equal to 1000000"),
     (b'{"amount": NaN}', 422, "less than or equal to 1000000"),
-    (b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "valid number"),
     (b'{"amount": 1' + b"0" * 5_000 + b"}", 400, "error parsing the body"),
     (b'{"amount": 1, "\\ud800": 1}', 422, "unable to parse"),
     (b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
     (b'{"amount": 4', 422, "JSON decode error"),
     (b"[" * 30_000 + b"]" * 30_000, 400, "error parsing the body"),
-    (b"[]", 422, "valid dictionary"),
-    (b"42", 422, "valid dictionary"),
     (b"null", 422, "valid dictionary"),
     (b"", 422, "Field required"),
-    (b" " * (LIMIT + 1), 413, "Content Too Large"),
+    (LARGEST + b" ", 413, "Content Too Large"),
+    (b'{"amount": 1}', 415, "Send the header Content-Type: application/json."),  # It is not sent.
 ]
 
 
 @pytest.mark.parametrize(("body", "status", "says"), BAD_INPUT)
 async def test_bad_input(client: AsyncClient, body: bytes, status: int, says: str) -> None:
-    with counted(predictions=1, invalid_input=1):
-        answer = await client.post("/predict", content=body, headers=JSON)
-    assert answer.status_code == status and says in answer.text
-    assert status != 422 or {*answer.json()["detail"][0]} == {"type", "loc", "msg"}
-
-
-@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}], ids=repr)
-async def test_input_not_sent_as_json(client: AsyncClient, headers: dict[str, str]) -> None:
-    with counted(predictions=1, invalid_input=1):
-        answer = await client.post("/predict", content=b'{"amount": 1}', headers=headers)
-    assert answer.status_code == 415
-    assert answer.json() == {"detail": "Send the header Content-Type: application/json."}
-
-
-@pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 1, 413)])
-async def test_body_without_a_length(client: AsyncClient, size: int, status: int) -> None:
-    async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, size, 1024):
-            yield b'{"amount": 1}'.ljust(size)[start : start + 1024]
-
-    answer = await client.post("/predict", content=chunks(), headers=JSON)
-    assert answer.status_code == status
+    for content in (body, chunks(body)):
+        with counted(predictions=1, invalid_input=1):
+            headers = {} if status == 415 else JSON
+            answer = await client.post("/predict", content=content, headers=headers)
+        assert answer.status_code == status and says in answer.text
+        assert status != 422 or {*answer.json()["detail"][0]} == {"type", "loc", "msg"}
 
 
 async def test_other_paths(client: AsyncClient) -> None:
@@ -288,27 +214,25 @@ async def test_other_paths(client: AsyncClient) -> None:
     assert "ml_predictions_total" in metrics.text and "_created" not in metrics.text
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
     assert (docs.status_code, docs.url.path) == (200, "/docs")
+    assert app.Transaction.model_fields["amount"].examples == [LEGIT["amount"]], "what /docs sends"
 
 
-# ------------------------------------------------- The process and its start
+def read(name: str) -> str:
+    """A file of the project."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
 
 DOCKERFILE = read("Dockerfile").replace("\\\n", "")
 COMMAND = json.loads(re.findall(r"^CMD (.+)", DOCKERFILE, re.MULTILINE)[-1])
-HEAD = (
-    b"POST /predict HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\nContent-Length: 13"
-)
+HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13"
 
 
 @contextmanager
 def service(**environment: str) -> Iterator[subprocess.Popen[str]]:
     """Starts the service as the Dockerfile does, but on a free port of this machine only."""
-    with subprocess.Popen(
-        [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
-        cwd=FOLDER,
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command = [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"]
+    env, pipe = {**os.environ, **environment}, subprocess.PIPE
+    with subprocess.Popen(command, cwd=FOLDER, env=env, stderr=pipe, text=True) as process:
         try:
             yield process
         finally:
@@ -317,9 +241,7 @@ def service(**environment: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_the_process_from_start_to_sigterm() -> None:
-    environment = {"FAILURE_RATE": "0", "MODEL_LATENCY_SECONDS": "1", "MODEL_VERSION": "v9"}
-    with service(**environment) as process:
-        assert process.stderr
+    with service(FAILURE_RATE="0", MODEL_LATENCY_SECONDS="1", MODEL_VERSION="v9") as process:
         log = iter(process.stderr.readline, "")
         address = next(m for line in log if (m := re.search(r"http://(127.0.0.1):(\d+)", line)))
 
@@ -328,42 +250,253 @@ def test_the_process_from_start_to_sigterm() -> None:
             connection.sendall(request)
             return connection
 
-        def scraped(name: str) -> list[float]:
-            families = text_string_to_metric_families(httpx.get(f"{address[0]}/metrics").text)
-            samples = [s for f in families for s in f.samples if re.fullmatch(name, s.name)]
-            assert {s.labels["version"] for s in samples} == {"v9"}
-            return [s.value for s in samples]
-
-        # Every series is there, at 0: counters, gauge, histograms.
-        assert scraped("ml_.+") == [0] * (1 + 2 + 1 + (13 + 2) + (11 + 2))
-
-        connect(HEAD + b'\r\n\r\n{"amount"').close()
-        while not sum(scraped("ml_prediction_errors_total")):
+        def scrape(name: str) -> list[str]:
             assert process.poll() is None
-        assert scraped("ml_predictions_total") == [1], "who leaves in the middle is counted"
+            metrics = httpx.get(f"{address[0]}/metrics", trust_env=False).text
+            return re.findall(rf"^{name}{{.*version=\"v9\".*}} (.+)", metrics, re.MULTILINE)
+
+        assert scrape("ml_.+") == ["0.0"] * (1 + 2 + 1 + (13 + 2) + (11 + 2)), "all start from 0"
+        connect(HEAD + b'\r\n\r\n{"amount"').close()
+        while "1.0" not in scrape("ml_prediction_errors_total"):
+            pass
+        assert scrape("ml_predictions_total") == ["1.0"], "who leaves in the middle is counted"
 
         upgrade = connect(HEAD + b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n{"amount"')
         assert upgrade.recv(1024).startswith(b"HTTP/1.1 422"), "no upgrade, but an answer"
         in_flight = connect(HEAD + b'\r\n\r\n{"amount": 1}')
-        while scraped("ml_predictions_in_progress") != [1]:
-            assert process.poll() is None
+        while scrape("ml_predictions_in_progress") != ["1.0"]:
+            pass
         process.send_signal(signal.SIGTERM)
         assert in_flight.recv(1024).startswith(b"HTTP/1.1 200")
         assert process.wait(timeout=20) in (0, -signal.SIGTERM)
         assert "HTTP/1.1" not in process.stderr.read(), "requests are counted, not logged"
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "allowed"),
-    [
-        *[("FAILURE_RATE", g, "from 0 to 1") for g in ("", "a", "-0.1", "1.1", "nan")],
-        *[("MODEL_LATENCY_SECONDS", g, "from 0 to 5") for g in ("", "5.1", "inf")],
-        ("MODEL_NAME", "", "at least 1 character"),
-        ("MODEL_VERSION", " ", "at least 1 character"),
-    ],
-)
-def test_bad_setting_stops_the_start(name: str, given: str, allowed: str) -> None:
+BAD_SETTINGS = [
+    *[("FAILURE_RATE", given) for given in ("", "a", "-0.1", "1.1", "nan")],
+    *[("MODEL_LATENCY_SECONDS", given) for given in ("-1", "5.1")],
+    *[("MODEL_NAME", ""), ("MODEL_VERSION", "")],
+]
+
+
+@pytest.mark.parametrize(("name", "given"), BAD_SETTINGS)
+def test_bad_setting_stops_the_start(name: str, given: str) -> None:
     with service(**{name: given}) as process:
         _, log = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert log == f"{name} must be {allowed}, not {given!r}\n"
+    assert log == f"{name} must be {table('Variable')[name][1]}, not {given!r}\n"
+
+
+COMPOSE = yaml.safe_load(read("docker-compose.yml"))
+PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
+README = read("README.md")
+
+
+def config(name: str) -> str:
+    """An inline file of docker-compose.yml, as the containers see it."""
+    content: str = COMPOSE["configs"][name]["content"]
+    assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", content), "Compose would replace a single $"
+    return content.replace("$$", "$")
+
+
+RULES = yaml.safe_load(config("rules"))["groups"][0]["rules"]
+RECORDS = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+DASHBOARD = json.loads(config("dashboard"))
+PANELS = DASHBOARD["panels"]
+
+
+class Number(float):
+    """A number in PromQL: a comparison keeps it, or leaves nothing."""
+
+    def __gt__(self, limit: float) -> "Number":
+        return self if float(self) > limit else Number("nan")
+
+
+def prometheus(
+    calls: int = 100, failures: int = 19, slow: int = 4, fraud: int = 7, bad_input: int = 2
+) -> Callable[[str], Number]:
+    """What Prometheus answers, in the part of PromQL used here, if each second is like this one."""
+    shown = {
+        "ml_predictions_total": calls + bad_input,
+        "ml_prediction_errors_total": failures + bad_input,
+        'ml_prediction_errors_total{reason="invalid_input"}': bad_input,
+        'ml_prediction_errors_total{reason="model_failure"}': failures,
+        "ml_predictions_in_progress": 3,
+        "ml_prediction_duration_seconds_count": calls,
+        "ml_prediction_duration_seconds_sum": calls * 0.2,
+        'ml_prediction_duration_seconds_bucket{le="0.25"}': calls - slow,
+        "ml_prediction_score_count": calls - failures,
+        'ml_prediction_score_bucket{le="0.5"}': calls - failures - fraud,
+    }
+
+    def quantile(share: float) -> float:
+        """A slow call takes 0.26 s, any other one 0.24 s."""
+        return 0.26 if slow / calls > 1 - share else 0.24
+
+    def ask(query: str) -> Number:
+        for promql, python in (
+            (r"(?:rate|increase)\(([^[]+)\[[^]]+\]\)", r"\1"),
+            (r"histogram_quantile\((.+?), sum .+? \(ml_\w+_seconds_bucket\)\)", r"quantile(\1)"),
+            (r"sum(?: by \([\w, ]+\) )?\(([^()]+)\)", r"Number(shown['\1'])"),
+            (r"version:[\w:]+", r"ask(RECORDS['\g<0>'])"),
+            (r"(.+) and (.+)", r"\1 if (\2) >= 0 else 'nan'"),
+        ):
+            query = re.sub(promql, python, query)
+        return Number(eval(query, globals() | {"ask": ask, "shown": shown, "quantile": quantile}))
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("second", "alerts"),
+    [
+        ({}, []),
+        ({"failures": 21}, ["HighErrorRatio"]),
+        ({"failures": 21, "bad_input": 900}, ["HighErrorRatio"]),
+        ({"slow": 6}, ["HighLatency"]),
+        ({"fraud": 10}, ["PredictionDrift"]),
+        ({"calls": 8, "failures": 2, "slow": 1, "fraud": 1}, [*ALERTS][:3]),
+        ({"calls": 5, "failures": 0, "slow": 1, "fraud": 1}, []),
+        ({"calls": 5, "failures": 2, "slow": 1, "fraud": 1}, []),
+    ],
+)
+def test_alerts(second: dict[str, int], alerts: list[str]) -> None:
+    ask = prometheus(**second)
+    judged = [name for name in ALERTS if name != "ModelApiDown"]
+    assert [name for name in judged if not math.isnan(ask(ALERTS[name]["expr"]))] == alerts
+    for expr in RECORDS.values():
+        assert "sum" not in expr.replace("sum by (version", ""), "each version by itself"
+        assert set(re.findall(r"\[.+?\]", expr)) <= {"[30s]"}, "six scrapes"
+
+
+def test_panels() -> None:
+    ask, p95, fraud = prometheus(), 0.24, approx(7 / 81)
+    tiles, charts = [[102], [0.19], [p95], [fraud]], [[102, 2], [0.19], [p95], [fraud]]
+    latencies = [0.26, p95, 0.24, 0.2]  # p99, p95, p50, average
+    values = dict(enumerate([*tiles, *charts, [3], [], [], [], latencies], start=1))
+    limits = dict(rule["expr"].split(" > ") for rule in ALERTS.values() if " > " in rule["expr"])
+    for panel in PANELS:
+        queries = [target["expr"] for target in panel["targets"]]
+        if expected := values.get(panel["id"]):
+            assert [ask(query) for query in queries] == expected
+        red = re.findall('"red", "value": (.+?)}', json.dumps(panel))
+        assert red == [limits[query] for query in queries if query in limits]
+
+
+def test_the_stack_fits_together() -> None:
+    (discovery,) = PROMETHEUS["scrape_configs"][0]["dns_sd_configs"]
+    (source,) = yaml.safe_load(config("datasource"))["datasources"]
+    (provider,) = yaml.safe_load(config("dashboards"))["providers"]
+    api, grafana = COMPOSE["services"]["model-api"], COMPOSE["services"]["grafana"]["environment"]
+    services = COMPOSE["services"].values()
+    files = {c["source"]: c["target"] for service in services for c in service.get("configs", [])}
+    assert files.keys() == COMPOSE["configs"].keys()
+    assert files["rules"] == f"/etc/prometheus/{PROMETHEUS['rule_files'][0]}"
+    for kind in ("datasource", "dashboards"):
+        assert f"/etc/grafana/provisioning/{kind.rstrip('s')}s/" in files[kind]
+    assert files["dashboard"] == grafana["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert files["dashboard"].startswith(provider["options"]["path"] + "/")
+    assert (source["uid"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    assert DASHBOARD["annotations"]["list"][0]["datasource"]["uid"] == "prometheus"
+    assert api["environment"] == list(app.Settings.model_fields)
+    assert PROMETHEUS["scrape_configs"][0]["job_name"] == "model-api" in discovery["names"]
+    assert (discovery["type"], discovery["port"]) == ("A", int(api["ports"][0].split(":")[-1]))
+    assert f":{discovery['port']}/health" in DOCKERFILE and "--port" not in COMMAND
+    paces = [*PROMETHEUS["global"].values(), source["jsonData"]["timeInterval"]]
+    assert {*paces, discovery["refresh_interval"], DASHBOARD["refresh"]} == {"5s"}
+
+
+def test_the_stack_is_safe_and_keeps_its_data() -> None:
+    text = read("docker-compose.yml") + DOCKERFILE
+    for port in re.findall(r'ports: \["(.+)"\]', text):
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-(\d+)\}:\1", port)
+    for image in re.findall(r"(?:FROM|image:) (.+)", text):
+        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+|-slim)", image)
+    for package in read("requirements.txt").split():
+        assert re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package)
+    assert "\nUSER app\n" in text
+    grafana = COMPOSE["services"]["grafana"]["environment"]
+    assert (
+        grafana["GF_AUTH_ANONYMOUS_ENABLED"] and grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Editor"
+    )
+    assert COMPOSE["services"]["traffic"]["profiles"] == ["traffic"], "it starts when asked"
+    for volume in COMPOSE["volumes"]:
+        assert re.search(f"volumes: .+{volume}:/", text)
+
+
+def load_traffic(monkeypatch: MonkeyPatch, rate: str, amount: str) -> dict[str, Any]:
+    """The names in the traffic's script, which is not started."""
+    monkeypatch.setenv("TRAFFIC_RATE", rate)
+    monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
+    monkeypatch.setattr(asyncio, "run", lambda main: main.close())
+    names: dict[str, Any] = {}
+    exec(config("traffic"), names)  # noqa: S102
+    return names
+
+
+@pytest.mark.parametrize(("amount", "low", "high"), [("50", 0.02, 0.05), ("500", 0.3, 0.5)])
+async def test_traffic(
+    client: AsyncClient, monkeypatch: MonkeyPatch, amount: str, low: float, high: float
+) -> None:
+    send, before = load_traffic(monkeypatch, "30", amount)["send"], counts()
+    replicas = Counter({"10.0.0.1": 0, "10.0.0.2": 0})
+    monkeypatch.setattr(socket, "gethostbyname_ex", lambda name: (name, [], list(replicas)))
+
+    async def on_request(request: httpx.Request) -> None:
+        replicas[request.url.host] += 1
+        if replicas.total() % 10 == 0:
+            raise httpx.ConnectError("The service is away.")
+
+    client.event_hooks = {"request": [on_request]}
+    random.seed(1)
+    for _ in range(2_000):
+        await send(client)
+    new = counts() - before
+    assert new["predictions"] == 1_800 and 0.01 < new["invalid_input"] / 1_800 < 0.03
+    assert low < 1 - new["legit_scores"] / new["scores"] < high
+    assert len(replicas) == 2 and min(replicas.values()) > 900, "the replicas share the requests"
+
+
+async def test_traffic_pace(monkeypatch: MonkeyPatch) -> None:
+    script, sleep = load_traffic(monkeypatch, "200", "50"), AsyncMock(side_effect=[None] * 999)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    script["send"] = send = AsyncMock()
+    with pytest.raises(ExceptionGroup):  # The mock sleeps no more.
+        await script["main"]()
+    waits = [call.args[0] for call in sleep.await_args_list]
+    assert send.call_count == 1_000 and statistics.mean(waits) == approx(1 / 200, rel=0.1)
+
+
+@pytest.mark.parametrize("given", [("0", "50"), ("201", "50"), ("", "50"), ("30", "-1")])
+def test_bad_traffic_setting(monkeypatch: MonkeyPatch, given: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit, match="^TRAFFIC_RATE must be a whole number from 1 to 200"):
+        load_traffic(monkeypatch, *given)
+
+
+def table(first_column: str) -> dict[str, list[str]]:
+    """The rows of a table of the README, by their first cell."""
+    lines = README.partition(f"\n| {first_column} |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+async def test_readme_is_true(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    settings = {name: str(field.default) for name, field in app.Settings.model_fields.items()}
+    others = dict(re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml")))
+    assert {name: row[0] for name, row in table("Variable").items()} == settings | others
+    families = [family for family in REGISTRY.collect() if family.name.startswith("ml_")]
+    exposed = {f.name + "_total" * (f.type == "counter"): f.type for f in families}
+    assert {name: row[0] for name, row in table("Metric").items()} == exposed
+    alerts = {name: rule["for"] for name, rule in ALERTS.items()}
+    assert {name: row[0] for name, row in table("Alert").items()} == alerts
+    assert ALERTS["ModelApiDown"]["expr"] in README, "read there, and tried on the stack"
+    ask, queries = prometheus(), re.findall(r"^```promql\n# .+\n(.+)\n```$", README, re.MULTILINE)
+    assert len(queries) > 5 and all(ask(query) > 0 for query in queries)
+    assert f"\n{read('.ci/run').splitlines()[-1]}\n" in README
+    monkeypatch.setattr(app, "LABELS", {"model_name": "fraud_model", "version": "v1"})
+    shown = re.findall(r"-d '(.+?)' .+/predict\n```\n```json\n(.+)\n", README)
+    assert len(shown) == 3
+    for body, expected in shown:
+        answer = (await client.post("/predict", content=body, headers=JSON)).json()
+        assert json.loads(json.dumps(answer)) == json.loads(expected)

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException  # The kind that FastAPI raises i
 
 
 class Settings(BaseModel):
-    """Each setting is read from the environment variable of its name."""
+    """Read from the environment variables of these names; description says what is allowed."""
 
     model_config = ConfigDict(str_strip_whitespace=True)
 
@@ -53,7 +53,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LABELS = {"model_name": settings.MODEL_NAME, "version": settings.MODEL_VERSION}
 
-# labels() creates the series, so that each one is there, at 0, before the first request:
+# LABELS has names and values. labels() creates each series at 0, before the first request:
 # Prometheus cannot see an increase from nothing to 1.
 PREDICTIONS = Counter(
     "ml_predictions_total", "Requests for a prediction, the failed ones too.", LABELS
@@ -108,7 +108,7 @@ class SimulatedError(Exception):
 
 async def simulate_latency_and_failures() -> None:
     """Take about MODEL_LATENCY_SECONDS, and raise SimulatedError at the rate FAILURE_RATE."""
-    # Inference times are log-normal. With this sigma, one in a hundred takes three medians.
+    # Inference times are log-normal. With this sigma, one in a hundred takes over three medians.
     await asyncio.sleep(settings.MODEL_LATENCY_SECONDS * random.lognormvariate(mu=0, sigma=0.472))
     if random.random() < settings.FAILURE_RATE:
         raise SimulatedError(f"FAILURE_RATE is {settings.FAILURE_RATE}")
@@ -142,7 +142,8 @@ app = FastAPI(title="Fraud model", telemetry={"tracing": False, "metrics": False
     "/predict",
     max_body_size=64 * 1024,
     responses={
-        400: {"model": Problem, "description": "The body cannot be parsed."},
+        400: {"model": Problem, "description": "The body cannot be read; broken JSON is a 422."},
+        # Starlette answers in text where the body's length is declared, in JSON where it is not.
         413: {"model": Problem, "description": "Over 64 KiB.", "content": {"text/plain": {}}},
         415: {"model": Problem, "description": "The body is not sent as JSON."},
         500: {"model": Problem, "description": "The model failed."},
@@ -159,7 +160,7 @@ async def predict(transaction: Transaction) -> Prediction:
         prediction = Prediction(
             prediction="fraud" if score > 0.5 else "legit", score=score, **LABELS
         )
-    # A model may also be cancelled, which Python does not call an Exception.
+    # CancelledError is no Exception. Only a simulated failure is logged without a traceback.
     except (Exception, asyncio.CancelledError) as error:
         MODEL_FAILURE.inc()
         logger.error("The model failed: %r", error, exc_info=not isinstance(error, SimulatedError))
@@ -179,7 +180,7 @@ async def refuse(request: Request, error: RequestValidationError | HTTPException
     INVALID_INPUT.inc()
     if isinstance(error, HTTPException):
         return await http_exception_handler(request, error)
-    if isinstance(error.body, bytes):  # FastAPI parses only what is sent as JSON.
+    if isinstance(error.body, bytes):  # Still bytes: not sent as JSON, so not parsed.
         return JSONResponse({"detail": "Send the header Content-Type: application/json."}, 415)
     # The input is not quoted: a NaN in it cannot be put in JSON.
     detail = [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]

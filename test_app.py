@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import AsyncMock
 
 import httpx
@@ -98,7 +97,7 @@ def counted(**expected: int) -> Iterator[None]:
     assert {name: n - before[name] for name, n in counts().items() if n != before[name]} == expected
 
 
-async def test_predict_answers_with_a_score(client: AsyncClient) -> None:
+async def test_predict(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
     with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
         legit = await client.post("/predict", content=LARGEST, headers=JSON)
         fraud = await client.post("/predict", content=chunks(FRAUD), headers=JSON)
@@ -106,8 +105,6 @@ async def test_predict_answers_with_a_score(client: AsyncClient) -> None:
     assert legit.json() == {"prediction": "legit", "score": approx(0.0614, abs=1e-4), **LABELS}
     assert fraud.json() == {"prediction": "fraud", "score": approx(0.9760, abs=1e-4), **LABELS}
 
-
-async def test_decision_threshold(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[0.5, 0.500001]))
     with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
         answers = [await client.post("/predict", json=LEGIT) for _ in range(2)]
@@ -135,23 +132,18 @@ async def test_800_requests_at_once(client: AsyncClient, monkeypatch: MonkeyPatc
     monkeypatch.setattr(app, "infer", infer)
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    before, seconds = counts(), ("ml_prediction_duration_seconds_sum", LABELS)
-    seconds_before = REGISTRY.get_sample_value(*seconds)
+    before = counts()
     bodies = [{"amount": -1 if number % 4 == 0 else 1} for number in range(800)]
     answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses.keys() == {200, 422, 500} and statuses[422] == 200
     assert statuses[500] / 600 == approx(0.3, abs=0.1)
     assert 8 < max(in_progress) <= 600, "calls overlap"
-    assert 200 < REGISTRY.get_sample_value(*seconds) - seconds_before < 2_000, "infer is timed"
-    assert counts() - before == {
-        "predictions": 800,
-        "invalid_input": statuses[422],
-        "model_failure": statuses[500],
-        "model_calls": statuses[200] + statuses[500],
-        "scores": statuses[200],
-        "legit_scores": statuses[200],
-    }
+    assert 200 < REGISTRY.get_sample_value("ml_prediction_duration_seconds_sum", LABELS) < 2_000
+    ok, failed = statuses[200], statuses[500]
+    expected = {"predictions": 800, "invalid_input": 200, "model_failure": failed}
+    expected |= {"model_calls": ok + failed, "scores": ok, "legit_scores": ok}
+    assert counts() - before == expected
 
 
 WRONG_ANSWERS = [None, {"score": 0.1}, "0.1", 1.5, -0.1, math.nan]
@@ -173,7 +165,6 @@ async def test_model_failure(
 
 
 BAD_INPUT = [
-    # body, status, what the answer says
     (b"{}", 422, "Field required"),
     (b'{"amount": 1, "currency": "EUR"}', 422, "Extra inputs are not permitted"),
     (b'{"amount": "12"}', 422, "valid number"),
@@ -187,7 +178,6 @@ BAD_INPUT = [
     (b'{"amount": 4', 422, "JSON decode error"),
     (b"[" * 30_000 + b"]" * 30_000, 400, "error parsing the body"),
     (b"null", 422, "valid dictionary"),
-    (b"", 422, "Field required"),
     (LARGEST + b" ", 413, "Content Too Large"),
     (b'{"amount": 1}', 415, "Send the header Content-Type: application/json."),  # It is not sent.
 ]
@@ -206,13 +196,11 @@ async def test_bad_input(client: AsyncClient, body: bytes, status: int, says: st
 async def test_other_paths(client: AsyncClient) -> None:
     with counted():
         assert [(await client.get(path)).status_code for path in ("/no", "/predict")] == [404, 405]
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
         metrics = await client.get("/metrics")
-        health = await client.get("/health")
-        docs = await client.get("/", follow_redirects=True)
     assert metrics.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
     assert "ml_predictions_total" in metrics.text and "_created" not in metrics.text
-    assert (health.status_code, health.json()) == (200, {"status": "ok"})
-    assert (docs.status_code, docs.url.path) == (200, "/docs")
     assert app.Transaction.model_fields["amount"].examples == [LEGIT["amount"]], "what /docs sends"
 
 
@@ -261,7 +249,6 @@ def test_the_process_from_start_to_sigterm() -> None:
         while "1.0" not in scrape("ml_prediction_errors_total"):
             pass
         assert scrape("ml_predictions_total") == ["1.0"], "who leaves in the middle is counted"
-
         upgrade = connect(HEAD + b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n{"amount"')
         assert upgrade.recv(1024).startswith(b"HTTP/1.1 422"), "no upgrade, but an answer"
         in_flight = connect(HEAD + b'\r\n\r\n{"amount": 1}')
@@ -375,8 +362,7 @@ def test_panels() -> None:
     tiles, charts = [[102], [0.19], [p95], [fraud]], [[102, 2], [0.19], [p95], [fraud]]
     memory = 'process_resident_memory_bytes{job="model-api"}'
     cpu = 'rate(process_cpu_seconds_total{job="model-api"}['
-    scores = "increase(ml_prediction_score_bucket{"
-    rest = [[3], " (ml_predictions_total)", memory, cpu, [0.26, p95, 0.24, 0.2], scores]
+    rest = [[3], " (ml_predictions_total)", memory, cpu, [0.26, p95, 0.24, 0.2], "score_bucket{"]
     limits = dict(rule["expr"].split(" > ") for rule in ALERTS.values() if " > " in rule["expr"])
     for panel, shown in zip(DASHBOARD["panels"], [*tiles, *charts, *rest], strict=True):
         queries = [target["expr"] for target in panel["targets"]]
@@ -423,23 +409,18 @@ def test_the_stack_is_safe_and_keeps_its_data() -> None:
     for package in read("requirements.txt").split():
         assert re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package)
     assert "\nUSER app\n" in text
-    grafana = COMPOSE["services"]["grafana"]["environment"]
-    assert [*grafana.values()][:3] == [True, "Editor", True], "no login"
+    assert [*COMPOSE["services"]["grafana"]["environment"].values()][:3] == [True, "Editor", True]
     assert COMPOSE["services"]["traffic"]["profiles"] == ["traffic"], "it starts when asked"
-    for volume in (
-        "prometheus.yml:ro",
-        "prometheus-data:/prometheus",
-        "grafana-data:/var/lib/grafana",
-    ):
+    for volume in ("prometheus.yml:ro", "prometheus-data:/prometheus", "grafana-data:/var/lib"):
         assert re.search(rf"volumes: .*{volume}\b", text)
 
 
-def load_traffic(monkeypatch: MonkeyPatch, rate: str, amount: str) -> dict[str, Any]:
+def load_traffic(monkeypatch: MonkeyPatch, rate: str, amount: str) -> dict[str, object]:
     """The names in the traffic's script, which is not started."""
     monkeypatch.setenv("TRAFFIC_RATE", rate)
     monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
     monkeypatch.setattr(asyncio, "run", lambda main: main.close())
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     exec(config("traffic"), names)  # noqa: S102
     return names
 
@@ -465,10 +446,7 @@ async def test_traffic(
     new = counts() - before
     assert new["predictions"] == 1_800 and 0.01 < new["invalid_input"] / 1_800 < 0.03
     assert low < 1 - new["legit_scores"] / new["scores"] < high
-    assert replicas == {
-        "10.0.0.1:8000": approx(1_000, abs=99),
-        "10.0.0.2:8000": approx(1_000, abs=99),
-    }
+    assert {*replicas} == {"10.0.0.1:8000", "10.0.0.2:8000"} and min(replicas.values()) > 900
     assert asyncio.sleep.await_count == 2_000 + new["model_calls"], "each at a time of its own"
 
 

@@ -112,35 +112,36 @@ async def test_predict(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
 
 
 async def test_latency_is_log_normal(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
     monkeypatch.setattr(asyncio, "sleep", AsyncMock())
     random.seed(1)
     for _ in range(500):
-        await app.simulate_latency_and_failures()
+        with pytest.raises(app.SimulatedError):
+            await app.simulate_latency_and_failures()
     waits = sorted(call.args[0] for call in asyncio.sleep.await_args_list)
     assert (waits[250], waits[495]) == approx((0.05, 0.15), rel=0.1)
 
 
 async def test_800_requests_at_once(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    in_progress: list[int] = []
+    quick = ("ml_prediction_duration_seconds_bucket", {**LABELS, "le": "1.0"})
+    before, quick_before, in_progress = counts(), REGISTRY.get_sample_value(*quick), []
 
     async def infer(_: app.Transaction) -> float:
         in_progress.append(counts()["in_progress"])
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1)
         return 0.1
 
     monkeypatch.setattr(app, "infer", infer)
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    before = counts()
     bodies = [{"amount": -1 if number % 4 == 0 else 1} for number in range(800)]
     answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
     statuses = Counter(answer.status_code for answer in answers)
-    assert statuses.keys() == {200, 422, 500} and statuses[422] == 200
-    assert statuses[500] / 600 == approx(0.3, abs=0.1)
+    assert statuses == {200: approx(420, abs=60), 422: 200, 500: approx(180, abs=60)}
     assert 8 < max(in_progress) <= 600, "calls overlap"
-    assert 200 < REGISTRY.get_sample_value("ml_prediction_duration_seconds_sum", LABELS) < 2_000
     ok, failed = statuses[200], statuses[500]
+    assert 0 < REGISTRY.get_sample_value(*quick) - quick_before <= failed, "infer is timed"
     expected = {"predictions": 800, "invalid_input": 200, "model_failure": failed}
     expected |= {"model_calls": ok + failed, "scores": ok, "legit_scores": ok}
     assert counts() - before == expected
@@ -177,7 +178,6 @@ BAD_INPUT = [
     (b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
     (b'{"amount": 4', 422, "JSON decode error"),
     (b"[" * 30_000 + b"]" * 30_000, 400, "error parsing the body"),
-    (b"null", 422, "valid dictionary"),
     (LARGEST + b" ", 413, "Content Too Large"),
     (b'{"amount": 1}', 415, "Send the header Content-Type: application/json."),  # It is not sent.
 ]
@@ -200,7 +200,7 @@ async def test_other_paths(client: AsyncClient) -> None:
         assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
         metrics = await client.get("/metrics")
     assert metrics.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
-    assert "ml_predictions_total" in metrics.text and "_created" not in metrics.text
+    assert 'le="0.25"' in metrics.text and "_created" not in metrics.text
     assert app.Transaction.model_fields["amount"].examples == [LEGIT["amount"]], "what /docs sends"
 
 

@@ -49,7 +49,7 @@ except ValidationError as error:
 
 # ------------------------------------------------------------------- Metrics
 
-disable_created_metrics()  # type: ignore[no-untyped-call]
+disable_created_metrics()  # type: ignore[no-untyped-call]  # No series named _created.
 
 LABELS = {"model_name": settings.MODEL_NAME, "version": settings.MODEL_VERSION}
 

@@ -451,12 +451,12 @@ async def test_traffic(
 
 
 async def test_traffic_pace(monkeypatch: MonkeyPatch) -> None:
-    script, send = load_traffic(monkeypatch, "200", "50"), AsyncMock()
+    script, send = load_traffic(monkeypatch, "9", "50"), AsyncMock()
     script["send"] = send
     monkeypatch.setattr(asyncio, "sleep", AsyncMock(side_effect=[None, None]))
     with pytest.raises(ExceptionGroup):  # The mock sleeps twice, and no more.
         await script["main"]()
-    assert (send.call_count, send.await_count) == (3 * 200, 0), "nobody waits for an answer"
+    assert (send.call_count, send.await_count) == (3 * 9, 0), "nobody waits for an answer"
     asyncio.sleep.assert_awaited_with(1)
 
 

@@ -10,7 +10,7 @@ COPY --chown=app . .
 USER app
 HEALTHCHECK --interval=10s --timeout=3s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
-# Prometheus counts the requests, so the log is for failures. WebSockets are not served.
-# Requests in flight have 8 s to end, as Docker kills after 10 s.
-CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--ws", "none", \
-     "--timeout-graceful-shutdown", "8"]
+# Prometheus counts the requests, so the log is for failures. WebSockets are not served, and
+# nothing reads a proxy's headers. Requests in flight have 8 s to end, as Docker kills after 10 s.
+CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--no-proxy-headers", \
+     "--ws", "none", "--timeout-graceful-shutdown", "8"]

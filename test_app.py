@@ -382,7 +382,7 @@ def test_the_stack_fits_together() -> None:
     api, grafana = COMPOSE["services"]["model-api"], COMPOSE["services"]["grafana"]["environment"]
     services = COMPOSE["services"].values()
     files = {c["source"]: c["target"] for service in services for c in service.get("configs", [])}
-    assert files.keys() == COMPOSE["configs"].keys()
+    assert files.keys() == COMPOSE["configs"].keys() and "/home/app/traffic.py" in files.values()
     assert files["rules"] == f"/etc/prometheus/{PROMETHEUS['rule_files'][0]}"
     for kind in ("datasource", "dashboards"):
         assert f"/etc/grafana/provisioning/{kind.rstrip('s')}s/" in files[kind]
@@ -411,7 +411,7 @@ def test_the_stack_is_safe_and_keeps_its_data() -> None:
     assert "\nUSER app\n" in text
     assert [*COMPOSE["services"]["grafana"]["environment"].values()][:3] == [True, "Editor", True]
     assert COMPOSE["services"]["traffic"]["profiles"] == ["traffic"], "it starts when asked"
-    for volume in ("prometheus.yml:ro", "prometheus-data:/prometheus", "grafana-data:/var/lib"):
+    for volume in (":/etc/prometheus/prometheus.yml", "data:/prometheus", "data:/var/lib/grafana"):
         assert re.search(rf"volumes: .*{volume}\b", text)
 
 

@@ -1,13 +1,16 @@
 FROM python:3.13-slim
 
-RUN useradd --create-home app
-WORKDIR /home/app
+RUN useradd app
+WORKDIR /app
 
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
-COPY --chown=app . .
+COPY . .
 
+# The service cannot write to its own folder. So pytest keeps no cache there.
 USER app
+ENV PYTEST_ADDOPTS="-p no:cacheprovider"
+
 HEALTHCHECK --interval=10s --timeout=3s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 # Prometheus counts the requests, so the log is for failures. WebSockets are not served, and

@@ -490,13 +490,12 @@ def load_traffic(monkeypatch: MonkeyPatch, rate: str, amount: str) -> dict[str, 
     """The names in the traffic's script, which is not started."""
     monkeypatch.setenv("TRAFFIC_RATE", rate)
     monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
-    monkeypatch.setattr(asyncio, "run", lambda main: main.close())
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "traffic"}
     exec(config("traffic"), names)  # noqa: S102
     return names
 
 
-@pytest.mark.parametrize(("amount", "low", "high"), [("50", 0.02, 0.05), ("500", 0.3, 0.5)])
+@pytest.mark.parametrize(("amount", "low", "high"), [("50", 0.01, 0.05), ("500", 0.3, 0.5)])
 async def test_traffic(
     client: AsyncClient, monkeypatch: MonkeyPatch, amount: str, low: float, high: float
 ) -> None:
@@ -531,7 +530,7 @@ async def test_traffic_pace(monkeypatch: MonkeyPatch) -> None:
     asyncio.sleep.assert_awaited_with(1)
 
 
-@pytest.mark.parametrize("given", [("0", "50"), ("201", "50"), ("", "50"), ("30", "0")])
+@pytest.mark.parametrize("given", [("0", "50"), ("201", "50"), ("", "50"), ("9" * 5_000, "50"), ("30", "0")])
 def test_bad_traffic_setting(monkeypatch: MonkeyPatch, given: tuple[str, str]) -> None:
     with pytest.raises(SystemExit, match=f"from {table('Variable')['TRAFFIC_RATE'][1]}, "):
         load_traffic(monkeypatch, *given)

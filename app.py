@@ -167,7 +167,7 @@ async def predict(transaction: Transaction) -> Prediction:
         prediction = Prediction(
             prediction="fraud" if score > 0.5 else "legit", score=score, **LABELS
         )
-    # Not only Exception: 8 s after SIGTERM, uvicorn ends what still runs by a CancelledError.
+    # Exception would miss a cancelled request: uvicorn cancels what still runs 8 s after SIGTERM.
     except BaseException as error:
         MODEL_FAILURE.inc()
         # A simulated failure needs no traceback.

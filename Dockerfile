@@ -11,8 +11,10 @@ COPY . .
 USER app
 ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 
-HEALTHCHECK --interval=10s --timeout=3s \
+# While it starts, the service is asked each second.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
+
 # Prometheus counts the requests, so the log is for failures. WebSockets are not served, and
 # nothing reads a proxy's headers. Requests in flight have 8 s to end, as Docker kills after 10 s.
 CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--no-proxy-headers", \

@@ -1,11 +1,16 @@
-"""Tests of the service over HTTP, and of the files around it. They need no network and no Docker."""
+"""Tests of the service over HTTP, and of the files around it. They need no network and no Docker.
+
+Read it from top to bottom: the service in this process, the service as a process, the traffic,
+the stack, the rules, the dashboard, the README.
+"""
 
 import asyncio
 import json
 import math
-import os
 import random
 import re
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +19,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import AsyncMock
 
 import httpx
@@ -27,14 +34,21 @@ from pytest import LogCaptureFixture, MonkeyPatch, approx
 
 import app
 
+pytestmark = pytest.mark.anyio  # AnyIO, which FastAPI brings along, runs the async tests.
+
 FOLDER = Path(__file__).parent
 LABELS = {"model_name": app.settings.MODEL_NAME, "version": app.settings.MODEL_VERSION}
 LEGIT = {"amount": 42.5}
-LARGEST = json.dumps(LEGIT).encode().ljust(4 * 1024)
-FRAUD = b'{"amount": 9000, "international": true}'.ljust(4 * 1024)
 JSON = {"Content-Type": "application/json"}
+FOUR_KIB = json.dumps(LEGIT).encode().ljust(4 * 1024)
 
-pytestmark = pytest.mark.anyio  # AnyIO, which FastAPI brings along, runs the async tests.
+
+def read(name: str) -> str:
+    """A file of the project."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+# ------------------------------------------------- The service in this process
 
 
 @pytest.fixture
@@ -53,8 +67,11 @@ def ideal_model(monkeypatch: MonkeyPatch) -> None:
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncClient]:
     """A client of the service in this process, where the tests can change it."""
-    transport, hooks = httpx.ASGITransport(app.app), {"response": [is_documented]}
-    async with AsyncClient(transport=transport, base_url="http://api", event_hooks=hooks) as client:
+    async with AsyncClient(
+        transport=httpx.ASGITransport(app.app),
+        base_url="http://api",
+        event_hooks={"response": [is_documented]},
+    ) as client:
         yield client
 
 
@@ -72,21 +89,25 @@ async def chunks(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + 1024]
 
 
+def sample(name: str, **labels: str) -> float:
+    """What a series of the service says."""
+    value = REGISTRY.get_sample_value(name, LABELS | labels)
+    assert value is not None, f"no series {name} {labels}"
+    return value
+
+
 def counts() -> Counter[str]:
     """What the service has counted so far."""
-    series = {
-        "predictions": ("ml_predictions_total", {}),
-        "invalid_input": ("ml_prediction_errors_total", {"reason": "invalid_input"}),
-        "model_failure": ("ml_prediction_errors_total", {"reason": "model_failure"}),
-        "in_progress": ("ml_predictions_in_progress", {}),
-        "model_calls": ("ml_prediction_duration_seconds_count", {}),
-        "scores": ("ml_prediction_score_count", {}),
-        "legit_scores": ("ml_prediction_score_bucket", {"le": "0.5"}),
+    samples = {
+        "predictions": sample("ml_predictions_total"),
+        "invalid_input": sample("ml_prediction_errors_total", reason="invalid_input"),
+        "model_failure": sample("ml_prediction_errors_total", reason="model_failure"),
+        "in_progress": sample("ml_predictions_in_progress"),
+        "model_calls": sample("ml_prediction_duration_seconds_count"),
+        "scores": sample("ml_prediction_score_count"),
+        "legit_scores": sample("ml_prediction_score_bucket", le="0.5"),
     }
-    value = REGISTRY.get_sample_value
-    return Counter(
-        {name: int(value(metric, LABELS | own)) for name, (metric, own) in series.items()}
-    )
+    return Counter({name: int(value) for name, value in samples.items()})
 
 
 @contextmanager
@@ -97,99 +118,135 @@ def counted(**expected: int) -> Iterator[None]:
     assert {name: n - before[name] for name, n in counts().items() if n != before[name]} == expected
 
 
-async def test_predict(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
-        legit = await client.post("/predict", content=LARGEST, headers=JSON)
-        fraud = await client.post("/predict", content=chunks(FRAUD), headers=JSON)
-    assert (legit.status_code, fraud.status_code) == (200, 200)
-    assert legit.json() == {"prediction": "legit", "score": approx(0.0614, abs=1e-4), **LABELS}
-    assert fraud.json() == {"prediction": "fraud", "score": approx(0.9760, abs=1e-4), **LABELS}
-
-    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[0.5, 0.500001]))
-    with counted(predictions=2, model_calls=2, scores=2, legit_scores=1):
-        answers = [await client.post("/predict", json=LEGIT) for _ in range(2)]
-    assert [answer.json()["prediction"] for answer in answers] == ["legit", "fraud"]
-
-
-async def test_latency_is_log_normal(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
-    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
-    random.seed(1)
-    for _ in range(500):
-        with pytest.raises(app.SimulatedError):
-            await app.simulate_latency_and_failures()
-    waits = sorted(call.args[0] for call in asyncio.sleep.await_args_list)
-    assert (waits[250], waits[495]) == approx((0.05, 0.15), rel=0.1)
-
-
-async def test_800_requests_at_once(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    quick = ("ml_prediction_duration_seconds_bucket", {**LABELS, "le": "1.0"})
-    before, quick_before, in_progress = counts(), REGISTRY.get_sample_value(*quick), []
-
-    async def infer(_: app.Transaction) -> float:
-        in_progress.append(counts()["in_progress"])
-        await asyncio.sleep(1.1)
-        return 0.1
-
-    monkeypatch.setattr(app, "infer", infer)
-    monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
-    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
-    bodies = [{"amount": -1 if number % 4 == 0 else 1} for number in range(800)]
-    answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
-    statuses = Counter(answer.status_code for answer in answers)
-    assert statuses == {200: approx(420, abs=60), 422: 200, 500: approx(180, abs=60)}
-    assert 8 < max(in_progress) <= 600, "calls overlap"
-    ok, failed = statuses[200], statuses[500]
-    assert REGISTRY.get_sample_value(*quick) == quick_before, "infer is timed"
-    expected = {"predictions": 800, "invalid_input": 200, "model_failure": failed}
-    expected |= {"model_calls": ok + failed, "scores": ok, "legit_scores": ok}
-    assert counts() - before == expected
-
-
-WRONG_ANSWERS = [None, {"score": 0.1}, "0.1", 1.5, -0.1, math.nan]
-ERRORS = [ZeroDivisionError("boom"), HTTPException(404), TimeoutError(), asyncio.CancelledError()]
-
-
-class Panic(BaseException):
-    """What a model written in Rust may raise."""
-
-
-FATAL = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Panic()]
-FATAL += [BaseExceptionGroup("two", [Panic(), ValueError()])]
+def use_model(monkeypatch: MonkeyPatch, *answers: object) -> None:
+    """Let the model answer this, or raise it, one after the other."""
+    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=answers))
 
 
 @pytest.mark.parametrize(
-    "answer", [*WRONG_ANSWERS, *ERRORS, *FATAL, app.SimulatedError("boom")], ids=repr
+    ("transaction", "prediction", "score"),
+    [
+        pytest.param({"amount": 0}, "legit", 0.0015, id="nothing"),
+        pytest.param({"amount": 42.5}, "legit", 0.0614, id="everyday"),
+        pytest.param({"amount": 42.5, "international": True}, "legit", 0.1642, id="abroad"),
+        pytest.param({"amount": 9000, "international": True}, "fraud", 0.9760, id="large, abroad"),
+        pytest.param({"amount": 1_000_000}, "fraud", 0.9993, id="largest"),
+    ],
 )
-async def test_model_failure(
-    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture, answer: object
+async def test_predict(
+    client: AsyncClient, transaction: dict[str, object], prediction: str, score: float
 ) -> None:
-    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[answer]))
-    with counted(predictions=1, model_failure=1, model_calls=1):
-        response = await client.post("/predict", json=LEGIT)
-    assert response.status_code == 500
-    assert response.json() == {"detail": "The model failed. The log says why."}
-    (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
-    assert type(answer).__name__ in record.getMessage() or answer in WRONG_ANSWERS
-    assert bool(record.exc_info) == (not isinstance(answer, app.SimulatedError))
+    answer = await client.post("/predict", json=transaction)
+    assert answer.status_code == 200
+    assert answer.json() == {"prediction": prediction, "score": approx(score, abs=1e-4), **LABELS}
 
 
-async def test_sys_exit_in_a_thread(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    async def infer(_: app.Transaction) -> float:
-        return await asyncio.to_thread(sys.exit, 3)
+async def test_a_legit_prediction_is_counted(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    use_model(monkeypatch, 0.5)
+    with counted(predictions=1, model_calls=1, scores=1, legit_scores=1):
+        answer = await client.post("/predict", json=LEGIT)
+    assert answer.json()["prediction"] == "legit"
+
+
+async def test_a_fraud_is_counted(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    use_model(monkeypatch, 0.500001)
+    with counted(predictions=1, model_calls=1, scores=1):
+        answer = await client.post("/predict", json=LEGIT)
+    assert answer.json()["prediction"] == "fraud"
+
+
+@pytest.mark.parametrize("send", [bytes, chunks], ids=["with its length", "in chunks"])
+async def test_a_body_of_4_kib_is_read(client: AsyncClient, send: Callable[[bytes], Any]) -> None:
+    answer = await client.post("/predict", content=send(FOUR_KIB), headers=JSON)
+    assert answer.status_code == 200
+
+
+async def test_the_latency_is_log_normal(monkeypatch: MonkeyPatch) -> None:
+    sleep = AsyncMock()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
+    random.seed(1)
+    for _ in range(500):
+        await app.simulate_latency_and_failures()
+    waits = sorted(call.args[0] for call in sleep.await_args_list)
+    assert waits[250] == approx(0.05, rel=0.1), "the median"
+    assert waits[495] == approx(0.15, rel=0.1), "p99"
+
+
+async def test_the_model_fails_at_its_rate(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 0.3)
+    random.seed(1)
+    statuses = [(await client.post("/predict", json=LEGIT)).status_code for _ in range(500)]
+    assert statuses.count(500) == approx(150, abs=30)
+    assert statuses.count(200) == 500 - statuses.count(500)
+
+
+async def test_800_requests_at_once_are_counted_exactly(
+    client: AsyncClient, monkeypatch: MonkeyPatch
+) -> None:
+    """200 requests are malformed. The other 600 meet in the model, and then 200 of them fail."""
+    all_are_in_the_model = asyncio.Barrier(600)
+    in_progress = []
+
+    async def infer(transaction: app.Transaction) -> float:
+        await all_are_in_the_model.wait()
+        in_progress.append(counts()["in_progress"])
+        if transaction.amount == 1:
+            raise ValueError("boom")
+        return 0.1
 
     monkeypatch.setattr(app, "infer", infer)
-    with counted(predictions=1, model_failure=1, model_calls=1):
-        assert (await client.post("/predict", json=LEGIT)).status_code == 500
+    bodies = [{"amount": number % 4 - 1} for number in range(800)]
+    with counted(
+        predictions=800,
+        invalid_input=200,
+        model_failure=200,
+        model_calls=600,
+        scores=400,
+        legit_scores=400,
+    ):
+        async with asyncio.timeout(60):
+            answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
+    assert Counter(answer.status_code for answer in answers) == {200: 400, 422: 200, 500: 200}
+    assert max(in_progress) == 600
+
+
+async def test_the_model_is_timed(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+    async def infer(_: app.Transaction) -> float:
+        await asyncio.sleep(0.26)
+        return 0.1
+
+    monkeypatch.setattr(app, "infer", infer)
+    within_objective = sample("ml_prediction_duration_seconds_bucket", le="0.25")
+    await client.post("/predict", json=LEGIT)
+    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") == within_objective
+
+
+async def test_the_simulated_latency_is_timed(
+    client: AsyncClient, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.26)
+    monkeypatch.setattr(random, "lognormvariate", lambda mu, sigma: 1)
+    within_objective = sample("ml_prediction_duration_seconds_bucket", le="0.25")
+    await client.post("/predict", json=LEGIT)
+    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") == within_objective
+
+
+async def test_durations_are_in_seconds(client: AsyncClient) -> None:
+    start, before = time.monotonic(), sample("ml_prediction_duration_seconds_sum")
+    await client.post("/predict", json=LEGIT)
+    took = time.monotonic() - start
+    assert 0 < sample("ml_prediction_duration_seconds_sum") - before < took
 
 
 async def test_a_request_is_counted_when_it_ends(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
-    end = asyncio.Event()
+    """So a model that hangs ends no call, not even one that is going to fail."""
+    started, end = asyncio.Event(), asyncio.Event()
 
     async def infer(_: app.Transaction) -> float:
+        started.set()
         await end.wait()
         return 0.1
 
@@ -197,11 +254,119 @@ async def test_a_request_is_counted_when_it_ends(
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
     with counted(in_progress=1):
         request = asyncio.create_task(client.post("/predict", json=LEGIT))
-        while counts()["in_progress"] == 0:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(started.wait(), timeout=60)
     with counted(in_progress=-1, predictions=1, model_failure=1, model_calls=1):
         end.set()
         await request
+
+
+class Panic(BaseException):
+    """What a model written in Rust may raise."""
+
+
+NOT_A_SCORE = [None, {"score": 0.1}, "0.1", 1.5, -0.1, math.nan]
+RAISED = [
+    ZeroDivisionError("boom"),
+    HTTPException(404),
+    TimeoutError(),
+    asyncio.CancelledError(),
+    SystemExit(3),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    Panic(),
+    BaseExceptionGroup("two", [Panic(), ValueError()]),
+]
+
+
+@pytest.mark.parametrize("answer", [*NOT_A_SCORE, *RAISED], ids=repr)
+async def test_whatever_goes_wrong_in_the_model_is_a_model_failure(
+    client: AsyncClient, monkeypatch: MonkeyPatch, answer: object
+) -> None:
+    use_model(monkeypatch, answer)
+    with counted(predictions=1, model_failure=1, model_calls=1):
+        response = await client.post("/predict", json=LEGIT)
+    assert response.status_code == 500
+    assert response.json() == {"detail": "The model failed. The log says why."}
+
+
+async def test_sys_exit_in_a_thread_is_a_model_failure(
+    client: AsyncClient, monkeypatch: MonkeyPatch
+) -> None:
+    async def infer(_: app.Transaction) -> float:
+        return await asyncio.to_thread(sys.exit, 3)
+
+    monkeypatch.setattr(app, "infer", infer)
+    with counted(predictions=1, model_failure=1, model_calls=1):
+        response = await client.post("/predict", json=LEGIT)
+    assert response.status_code == 500
+
+
+async def test_a_failure_is_logged_with_its_traceback(
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    use_model(monkeypatch, ZeroDivisionError("boom"))
+    await client.post("/predict", json=LEGIT)
+    (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
+    assert "ZeroDivisionError('boom')" in record.getMessage()
+    assert record.exc_info
+
+
+async def test_a_simulated_failure_is_logged_without_a_traceback(
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
+    with counted(predictions=1, model_failure=1, model_calls=1):
+        await client.post("/predict", json=LEGIT)
+    (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
+    assert "FAILURE_RATE is 1" in record.getMessage()
+    assert not record.exc_info
+
+
+class BadInput(NamedTuple):
+    """A body that is refused, and what the answer says."""
+
+    body: bytes
+    status: int
+    says: str
+    headers: dict[str, str] = JSON
+
+
+BAD_INPUT = {
+    "no amount": BadInput(b"{}", 422, "Field required"),
+    "unknown field": BadInput(b'{"amount": 1, "currency": "EUR"}', 422, "Extra inputs are not"),
+    "amount as text": BadInput(b'{"amount": "12"}', 422, "valid number"),
+    "number as bool": BadInput(b'{"amount": 1, "international": 1}', 422, "valid boolean"),
+    "negative": BadInput(b'{"amount": -0.01}', 422, "greater than or equal to 0"),
+    "too large": BadInput(b'{"amount": 1000000.01}', 422, "less than or equal to 1000000"),
+    "NaN": BadInput(b'{"amount": NaN}', 422, "less than or equal to 1000000"),
+    "4,000 digits": BadInput(b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "valid number"),
+    "surrogate": BadInput(b'{"amount": 1, "\\ud800": 1}', 422, "unable to parse"),
+    "broken JSON": BadInput(b'{"amount": 4', 422, "JSON decode error"),
+    "not UTF-8": BadInput(b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
+    "deeply nested": BadInput(b"[" * 2_000, 400, "error parsing the body"),
+    "over 4 KiB": BadInput(FOUR_KIB + b" ", 413, "Content Too Large"),
+    "not sent as JSON": BadInput(
+        b'{"amount": 1}', 415, "Send the header Content-Type: application/json.", headers={}
+    ),
+}
+
+
+@pytest.mark.parametrize("send", [bytes, chunks], ids=["with its length", "in chunks"])
+@pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)
+async def test_bad_input_is_refused_and_counted(
+    client: AsyncClient, bad: BadInput, send: Callable[[bytes], Any]
+) -> None:
+    with counted(predictions=1, invalid_input=1):
+        answer = await client.post("/predict", content=send(bad.body), headers=bad.headers)
+    assert answer.status_code == bad.status
+    assert bad.says in answer.text
+
+
+async def test_a_422_does_not_repeat_the_input(client: AsyncClient) -> None:
+    answer = await client.post("/predict", content=b'{"amount": NaN}', headers=JSON)
+    (error,) = answer.json()["detail"]
+    assert error.keys() == {"type", "loc", "msg"}
+    assert error["loc"] == ["body", "amount"]
 
 
 @pytest.fixture
@@ -217,354 +382,816 @@ def added_routes() -> Iterator[None]:
     async def feedback(transaction: app.Transaction) -> None:
         pass
 
-    app.app.openapi_schema = None
     yield
     app.app.router.routes[:] = routes
-    app.app.openapi_schema = None
+
+
+OTHER_BAD_REQUESTS = {
+    "422, query": httpx.Request("GET", "http://api/top?n=x"),
+    "422, body": httpx.Request("POST", "http://api/feedback", content=b"{}", headers=JSON),
+    "400": httpx.Request("POST", "http://api/feedback", content=b"\xff", headers=JSON),
+    "413": httpx.Request("POST", "http://api/feedback", content=FOUR_KIB + b" ", headers=JSON),
+}
 
 
 @pytest.mark.usefixtures("added_routes")
-async def test_bad_input_to_other_routes_is_not_counted(client: AsyncClient) -> None:
+@pytest.mark.parametrize("case", OTHER_BAD_REQUESTS)
+async def test_bad_input_to_another_route_is_not_counted(client: AsyncClient, case: str) -> None:
     client.event_hooks = {}
     with counted():
-        statuses = [
-            (await client.get("/top?n=x")).status_code,
-            (await client.post("/feedback", content=b"{}", headers=JSON)).status_code,
-            (await client.post("/feedback", content=b"\xff", headers=JSON)).status_code,
-            (await client.post("/feedback", content=LARGEST + b" ", headers=JSON)).status_code,
-        ]
-    assert statuses == [422, 422, 400, 413]
+        answer = await client.send(OTHER_BAD_REQUESTS[case])
+    assert answer.status_code == int(case[:3])
 
 
-BAD_INPUT = [
-    (b"{}", 422, "Field required"),
-    (b'{"amount": 1, "currency": "EUR"}', 422, "Extra inputs are not permitted"),
-    (b'{"amount": "12"}', 422, "valid number"),
-    (b'{"amount": 1, "international": 1}', 422, "valid boolean"),
-    (b'{"amount": -0.01}', 422, "greater than or equal to 0"),
-    (b'{"amount": 1000000.01}', 422, "less than or equal to 1000000"),
-    (b'{"amount": NaN}', 422, "less than or equal to 1000000"),
-    (b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "valid number"),
-    (b'{"amount": 1, "\\ud800": 1}', 422, "unable to parse"),
-    (b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
-    (b'{"amount": 4', 422, "JSON decode error"),
-    (b"[" * 2_000, 400, "error parsing the body"),
-    (LARGEST + b" ", 413, "Content Too Large"),
-    (b'{"amount": 1}', 415, "Send the header Content-Type: application/json."),  # It is not sent.
-]
-
-
-@pytest.mark.parametrize(("body", "status", "says"), BAD_INPUT)
-async def test_bad_input(client: AsyncClient, body: bytes, status: int, says: str) -> None:
-    for content in (body, chunks(body)):
-        with counted(predictions=1, invalid_input=1):
-            headers = {} if status == 415 else JSON
-            answer = await client.post("/predict", content=content, headers=headers)
-        assert answer.status_code == status and says in answer.text
-        assert status != 422 or {*answer.json()["detail"][0]} == {"type", "loc", "msg"}
-
-
-async def test_other_paths(client: AsyncClient) -> None:
+@pytest.mark.parametrize(("path", "status"), [("/no", 404), ("/predict", 405)])
+async def test_a_path_or_method_that_is_not_there_is_not_counted(
+    client: AsyncClient, path: str, status: int
+) -> None:
     with counted():
-        assert [(await client.get(path)).status_code for path in ("/no", "/predict")] == [404, 405]
-        assert (await client.get("/health")).json() == {"status": "ok"}
-        assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
-        metrics = await client.get("/metrics")
-    assert metrics.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
-    assert 'le="0.25"' in metrics.text and "_created" not in metrics.text
-    assert app.Transaction.model_fields["amount"].examples == [LEGIT["amount"]], "what /docs sends"
+        assert (await client.get(path)).status_code == status
 
 
-def read(name: str) -> str:
-    """A file of the project."""
-    return (FOLDER / name).read_text(encoding="utf-8")
+async def test_health(client: AsyncClient) -> None:
+    with counted():
+        answer = await client.get("/health")
+    assert answer.json() == {"status": "ok"}
 
 
-DOCKERFILE = read("Dockerfile").replace("\\\n", "")
-COMMAND = json.loads(re.findall(r"^CMD (.+)", DOCKERFILE, re.MULTILINE)[-1])
-HEAD = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13"
+async def test_the_root_leads_to_the_documentation(client: AsyncClient) -> None:
+    assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
 
 
-@contextmanager
-def service(**environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Starts the service as the Dockerfile does, but on a free port of this machine only."""
-    command = [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"]
-    log = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = {**os.environ, **environment}
-    with subprocess.Popen(command, cwd=FOLDER, env=env, **log) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+async def test_the_documentation_sends_an_everyday_payment(client: AsyncClient) -> None:
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    assert schemas["Transaction"]["properties"]["amount"]["examples"] == [LEGIT["amount"]]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_the_process_from_start_to_sigterm() -> None:
-    settings = {"FAILURE_RATE": "0", "MODEL_LATENCY_SECONDS": "1"}
-    with service(**settings, MODEL_NAME="m9", MODEL_VERSION="v9") as process:
-        log, deadline = iter(process.stdout.readline, ""), time.monotonic() + 20
-        address = next(m for line in log if (m := re.search(r"http://(127.0.0.1):(\d+)", line)))
+async def test_metrics_have_the_content_type_that_prometheus_expects(client: AsyncClient) -> None:
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
 
-        def connect(request: bytes) -> socket.socket:
-            connection = socket.create_connection((address[1], int(address[2])), timeout=20)
-            connection.sendall(request)
-            return connection
 
-        def scrape(name: str) -> list[str]:
-            assert process.poll() is None and time.monotonic() < deadline
-            metrics = httpx.get(f"{address[0]}/metrics", trust_env=False).text
-            return re.findall(rf"^{name}{{.*\"m9\".*\"v9\".*}} (.+)", metrics, re.MULTILINE)
+async def test_metrics_have_no_created_series(client: AsyncClient) -> None:
+    assert "_created" not in (await client.get("/metrics")).text
 
-        assert scrape("ml_.+") == ["0.0"] * (1 + 2 + 1 + (13 + 2) + (11 + 2)), "all start from 0"
-        connect(HEAD + b'\r\n\r\n{"amount"').close()
-        while "1.0" not in scrape("ml_prediction_errors_total"):
-            pass
-        assert scrape("ml_predictions_total") == ["1.0"], "who leaves in the middle is counted"
-        upgrade = connect(HEAD + b'\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n{"amount"')
-        assert upgrade.recv(1024).startswith(b"HTTP/1.1 422"), "no upgrade, but an answer"
-        in_flight = connect(HEAD + b'\r\n\r\n{"amount": 1}')
-        while scrape("ml_predictions_in_progress") != ["1.0"]:
-            pass
-        process.send_signal(signal.SIGTERM)
-        assert in_flight.recv(1024).startswith(b"HTTP/1.1 200")
-        assert process.wait(timeout=20) in (0, -signal.SIGTERM)
-        assert "HTTP/1.1" not in process.stdout.read(), "requests are counted, not logged"
+
+async def test_the_objective_is_a_boundary_of_a_bucket() -> None:
+    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") >= 0
+
+
+async def test_help_texts_are_sentences(client: AsyncClient) -> None:
+    helps = re.findall(r"^# HELP ml_\w+ (.+)$", (await client.get("/metrics")).text, re.MULTILINE)
+    assert len(helps) >= 5
+    assert all(re.fullmatch(r"[A-Z].+\.", text) for text in helps)
+
+
+# ------------------------------------------------------------------- Settings
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        *[("FAILURE_RATE", given) for given in ("", "a", "-0.1", "1.1", "nan")],
-        *[("MODEL_LATENCY_SECONDS", given) for given in ("-1", "5.1")],
-        *[("MODEL_NAME", " "), ("MODEL_VERSION", "")],
+        ("FAILURE_RATE", ""),
+        ("FAILURE_RATE", "a"),
+        ("FAILURE_RATE", "-0.1"),
+        ("FAILURE_RATE", "1.1"),
+        ("FAILURE_RATE", "nan"),
+        ("MODEL_LATENCY_SECONDS", "-1"),
+        ("MODEL_LATENCY_SECONDS", "5.1"),
+        ("MODEL_NAME", " "),
+        ("MODEL_VERSION", ""),
     ],
 )
-def test_bad_setting_stops_the_start(name: str, given: str) -> None:
-    with service(**{name: given}) as process:
-        log, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert log == f"{name} must be {table('Variable')[name][1]}, not {given!r}\n"
+def test_a_bad_setting_stops_the_start(monkeypatch: MonkeyPatch, name: str, given: str) -> None:
+    monkeypatch.setenv(name, given)
+    allowed = app.Settings.model_fields[name].description
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(FOLDER / "app.py"))
+    assert stop.value.code == f"{name} must be {allowed}, not {given!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("FAILURE_RATE", "0", 0),
+        ("FAILURE_RATE", "1", 1),
+        ("MODEL_LATENCY_SECONDS", "5", 5),
+        ("MODEL_VERSION", " v2 ", "v2"),
+    ],
+)
+def test_a_good_setting_is_taken(name: str, given: str, meant: object) -> None:
+    assert getattr(app.Settings.model_validate({name: given}), name) == meant
+
+
+# ---------------------------------------------------- The service as a process
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile and what follows them."""
+    lines = read("Dockerfile").replace("\\\n", "").splitlines()
+    parts = [line.partition(" ") for line in lines if line and not line.startswith("#")]
+    return [(instruction, rest.strip()) for instruction, _, rest in parts]
+
+
+COMMAND: list[str] = json.loads(dict(dockerfile())["CMD"])
+
+
+class Service(NamedTuple):
+    """A service that runs as a process of its own, at a port of this machine."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def connect(self, request: bytes) -> socket.socket:
+        """Send the beginning of a request."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(request)
+        return connection
+
+    def metric(self, line: str) -> float:
+        """What /metrics says in the line that begins like this."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        lines = httpx.get(url, trust_env=False, timeout=60).text.splitlines()
+        (value,) = (one.rpartition(" ")[2] for one in lines if one.startswith(line))
+        return float(value)
+
+    def wait_for(self, line: str, value: float) -> None:
+        """Wait until /metrics says so."""
+        deadline = time.monotonic() + 60
+        while self.metric(line) != value:
+            assert time.monotonic() < deadline, f"{line} is not {value}"
+
+
+@pytest.fixture
+def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
+    """The service as the Dockerfile starts it, but on a free port of this machine only."""
+    monkeypatch.setenv("FAILURE_RATE", "0")
+    monkeypatch.setenv("MODEL_LATENCY_SECONDS", "1")
+    monkeypatch.setenv("MODEL_NAME", "m")
+    monkeypatch.setenv("MODEL_VERSION", "v9")
+    with subprocess.Popen(
+        [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
+        cwd=FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout
+            port = None
+            while port is None:
+                line = process.stdout.readline()
+                assert line, "the service ended before it listened"
+                port = re.search(r"http://127.0.0.1:(\d+)", line)
+            yield Service(process, int(port[1]))
+        finally:
+            process.kill()
+
+
+REQUEST = (
+    b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13\r\n"
+)
+
+
+def test_every_series_starts_at_0(service: Service) -> None:
+    """And it has the labels that the settings ask for."""
+    labels = 'model_name="m",version="v9"'
+    for series in (
+        f"ml_predictions_total{{{labels}}}",
+        'ml_prediction_errors_total{model_name="m",reason="invalid_input",version="v9"}',
+        'ml_prediction_errors_total{model_name="m",reason="model_failure",version="v9"}',
+        f"ml_predictions_in_progress{{{labels}}}",
+        f"ml_prediction_duration_seconds_count{{{labels}}}",
+        f"ml_prediction_score_count{{{labels}}}",
+    ):
+        assert service.metric(series) == 0
+
+
+def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> None:
+    service.connect(REQUEST + b'\r\n{"amount"').close()
+    service.wait_for('ml_prediction_errors_total{model_name="m",reason="invalid_input"', 1)
+    assert service.metric("ml_predictions_total") == 1
+
+
+def test_an_upgrade_to_websocket_gets_an_answer(service: Service) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    with service.connect(REQUEST + upgrade + b'\r\n{"amount"') as connection:
+        assert connection.recv(1024).startswith(b"HTTP/1.1 422")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
+    with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
+        service.wait_for("ml_predictions_in_progress", 1)
+        service.process.send_signal(signal.SIGTERM)
+        assert connection.recv(1024).startswith(b"HTTP/1.1 200")
+    assert service.process.wait(timeout=60) in (0, -signal.SIGTERM)
+
+
+def test_requests_are_not_logged(service: Service) -> None:
+    with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
+        assert connection.recv(1024).startswith(b"HTTP/1.1 200")
+    service.process.kill()
+    assert service.process.stdout
+    assert "POST" not in service.process.stdout.read()
+
+
+# ---------------------------------------------------------------- The traffic
 
 
 COMPOSE = yaml.safe_load(read("docker-compose.yml"))
-PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
-README = read("README.md")
+SERVICES = COMPOSE["services"]
 
 
 def config(name: str) -> str:
     """An inline file of docker-compose.yml, as the containers see it."""
     content: str = COMPOSE["configs"][name]["content"]
-    assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", content), "Compose would replace a single $"
     return content.replace("$$", "$")
 
 
-RULES = yaml.safe_load(config("rules"))["groups"][0]["rules"]
-RECORDS = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
-ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
-DASHBOARD = json.loads(config("dashboard"))
+@pytest.fixture
+def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Gives the names in the traffic's script, which is not started."""
 
+    def load(rate: str = "30", amount: str = "50") -> dict[str, Any]:
+        monkeypatch.setenv("TRAFFIC_RATE", rate)
+        monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
+        script: dict[str, Any] = {"__name__": "traffic"}
+        exec(config("traffic"), script)  # noqa: S102
+        return script
 
-class Number(float):
-    """A number in PromQL: a comparison keeps it, or leaves nothing."""
-
-    def __gt__(self, limit: float) -> "Number":
-        return self if float(self) > limit else Number("nan")
-
-
-def prometheus(
-    calls: int = 100, failures: int = 19, slow: int = 4, fraud: int = 7, bad_input: int = 2
-) -> Callable[[str], Number]:
-    """What Prometheus answers, in the part of PromQL used here, if each second is like this one."""
-    shown = {
-        "ml_predictions_total": calls + bad_input,
-        "ml_prediction_errors_total": failures + bad_input,
-        'ml_prediction_errors_total{reason="invalid_input"}': bad_input,
-        'ml_prediction_errors_total{reason="model_failure"}': failures,
-        "ml_predictions_in_progress": 3,
-        "ml_prediction_duration_seconds_count": calls,
-        "ml_prediction_duration_seconds_sum": calls * 0.2,
-        'ml_prediction_duration_seconds_bucket{le="0.25"}': calls - slow,
-        "ml_prediction_score_count": calls - failures,
-        'ml_prediction_score_bucket{le="0.5"}': calls - failures - fraud,
-    }
-
-    def quantile(share: float) -> float:
-        """A slow call takes 0.26 s, any other one 0.24 s."""
-        return 0.26 if slow / calls > 1 - share else 0.24
-
-    def ask(query: str) -> Number:
-        for promql, python in (
-            (r"rate\(([^[]+)\[[^]]+\]\)", r"\1"),
-            (r"histogram_quantile\((.+?), sum by \(.*?le\) \(ml_\w+_bucket\)\)", r"quantile(\1)"),
-            (r"sum(?: by \([\w, ]+\) )?\(([^()]+)\)", r"Number(shown['\1'])"),
-            (r"version:[\w:]+", r"ask(RECORDS['\g<0>'])"),
-            (r"(.+) and (.+)", r"\1 if (\2) >= 0 else 'nan'"),
-        ):
-            query = re.sub(promql, python, query)
-        return Number(eval(query, globals() | {"ask": ask, "shown": shown, "quantile": quantile}))
-
-    return ask
+    return load
 
 
 @pytest.mark.parametrize(
-    ("second", "alerts"),
+    ("amount", "least", "most"),
     [
-        ({}, []),
-        ({"failures": 21}, ["HighErrorRatio"]),
-        ({"failures": 21, "bad_input": 900}, ["HighErrorRatio"]),
-        ({"slow": 6}, ["HighLatency"]),
-        ({"fraud": 10}, ["PredictionDrift"]),
-        ({"calls": 8, "failures": 2, "slow": 1, "fraud": 1}, [*ALERTS][:3]),
-        ({"calls": 5, "failures": 0, "slow": 1, "fraud": 1}, []),
-        ({"calls": 5, "failures": 2, "slow": 1, "fraud": 1}, []),
+        pytest.param("50", 0.01, 0.05, id="usual"),
+        pytest.param("500", 0.3, 0.5, id="drift"),
     ],
 )
-def test_alerts(second: dict[str, int], alerts: list[str]) -> None:
-    ask = prometheus(**second)
-    judged = [name for name in ALERTS if name != "ModelApiDown"]
-    assert [name for name in judged if not math.isnan(ask(ALERTS[name]["expr"]))] == alerts
-    for expr in RECORDS.values():
-        assert "sum" not in expr.replace("sum by (version", ""), "each version by itself"
-        assert set(re.findall(r"\[.+?\]", expr)) <= {"[30s]"}, "six scrapes"
-
-
-def test_panels() -> None:
-    ask, p95, fraud = prometheus(), 0.24, approx(7 / 81)
-    tiles, charts = [[102], [0.19], [p95], [fraud]], [[102, 2], [0.19], [p95], [fraud]]
-    memory = 'process_resident_memory_bytes{job="model-api"}'
-    cpu = 'rate(process_cpu_seconds_total{job="model-api"}['
-    rest = [[3], " (ml_predictions_total)", memory, cpu, [0.26, p95, 0.24, 0.2], "score_bucket{"]
-    limits = dict(rule["expr"].split(" > ") for rule in ALERTS.values() if " > " in rule["expr"])
-    for panel, shown in zip(DASHBOARD["panels"], [*tiles, *charts, *rest], strict=True):
-        queries = [target["expr"] for target in panel["targets"]]
-        assert shown in queries[0] if isinstance(shown, str) else shown == [*map(ask, queries)]
-        for target in (target for target in panel["targets"] if "legendFormat" in target):
-            assert ("version" in target["expr"]) == (target["legendFormat"] == "{{version}}")
-        unit = {"rat": "percentunit", "p95": "s"}.get(queries[0].rpartition(":")[2][:3], "")
-        assert f'"unit": "{unit}' in json.dumps(panel) or not unit
-        red = re.findall('"red", "value": (.+?)}', json.dumps(panel))
-        assert red == [limits[query] for query in queries if query in limits]
-
-
-def test_the_stack_fits_together() -> None:
-    (discovery,) = PROMETHEUS["scrape_configs"][0]["dns_sd_configs"]
-    (source,) = yaml.safe_load(config("datasource"))["datasources"]
-    (provider,) = yaml.safe_load(config("dashboards"))["providers"]
-    api, grafana = COMPOSE["services"]["model-api"], COMPOSE["services"]["grafana"]["environment"]
-    services = COMPOSE["services"].values()
-    files = {c["source"]: c["target"] for service in services for c in service.get("configs", [])}
-    assert files.keys() == COMPOSE["configs"].keys() and "/app/traffic.py" in files.values()
-    assert files["rules"] == f"/etc/prometheus/{PROMETHEUS['rule_files'][0]}"
-    for kind in ("datasource", "dashboards"):
-        assert f"/etc/grafana/provisioning/{kind.rstrip('s')}s/" in files[kind]
-    assert files["dashboard"] == grafana["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-    assert files["dashboard"].startswith(provider["options"]["path"] + "/")
-    assert (source["uid"], source["url"]) == ("prometheus", "http://prometheus:9090")
-    assert '"uid": "prometheus"' in (marks := json.dumps(DASHBOARD["annotations"]))
-    assert "firing" in marks and api["environment"] == list(app.Settings.model_fields)
-    assert PROMETHEUS["scrape_configs"][0]["job_name"] == "model-api" in discovery["names"]
-    assert (discovery["type"], discovery["port"]) == ("A", int(api["ports"][0].split(":")[-1]))
-    assert f":{discovery['port']}/health'" in DOCKERFILE and "--port" not in COMMAND
-    assert "0.0.0.0" in COMMAND and int(COMMAND[-1]) < 10, "Docker kills after 10 s"
-    assert api["pull_policy"] == "build" and provider["allowUiUpdates"] and source["isDefault"]
-    paces = [*PROMETHEUS["global"].values(), source["jsonData"]["timeInterval"]]
-    assert {*paces, discovery["refresh_interval"], DASHBOARD["refresh"]} == {"5s"}
-
-
-def test_the_stack_is_safe_and_keeps_its_data() -> None:
-    text = read("docker-compose.yml") + DOCKERFILE
-    for port in (port for s in COMPOSE["services"].values() for port in s.get("ports", [])):
-        assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-(\d+)\}:\1", port)
-    for image in re.findall(r"(?:FROM|image:) (.+)", text):
-        assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+|-slim)", image)
-    for package in read("requirements.txt").split():
-        assert re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package)
-    assert "\nUSER app\n" in text
-    assert [*COMPOSE["services"]["grafana"]["environment"].values()][:3] == [True, "Editor", True]
-    assert COMPOSE["services"]["traffic"]["profiles"] == ["traffic"], "it starts when asked"
-    for volume in (":/etc/prometheus/prometheus.yml", "data:/prometheus", "data:/var/lib/grafana"):
-        assert re.search(rf"volumes: .*{volume}\b", text)
-
-
-def load_traffic(monkeypatch: MonkeyPatch, rate: str, amount: str) -> dict[str, object]:
-    """The names in the traffic's script, which is not started."""
-    monkeypatch.setenv("TRAFFIC_RATE", rate)
-    monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
-    names: dict[str, object] = {"__name__": "traffic"}
-    exec(config("traffic"), names)  # noqa: S102
-    return names
-
-
-@pytest.mark.parametrize(("amount", "low", "high"), [("50", 0.01, 0.05), ("500", 0.3, 0.5)])
-async def test_traffic(
-    client: AsyncClient, monkeypatch: MonkeyPatch, amount: str, low: float, high: float
+async def test_the_amount_of_the_traffic_decides_how_much_is_fraud(
+    client: AsyncClient,
+    load_traffic: Callable[..., dict[str, Any]],
+    amount: str,
+    least: float,
+    most: float,
 ) -> None:
-    send, before = load_traffic(monkeypatch, "30", amount)["send"], counts()
-    replicas, dns = Counter[str](), {"model-api": ("model-api", [], ["10.0.0.1", "10.0.0.2"])}
-    monkeypatch.setattr(socket, "gethostbyname_ex", dns.__getitem__)
+    make_body = load_traffic(amount=amount)["make_body"]
+    random.seed(1)
+    before = counts()
+    for _ in range(2_000):
+        await client.post("/predict", json=make_body())
+    new = counts() - before
+    assert 0.01 < new["invalid_input"] / 2_000 < 0.03, "malformed"
+    assert least < 1 - new["legit_scores"] / new["scores"] < most
 
+
+def test_the_largest_amount_of_the_traffic_is_valid(
+    load_traffic: Callable[..., dict[str, Any]],
+) -> None:
+    make_body = load_traffic(amount="1000000")["make_body"]
+    random.seed(1)
+    bodies = [make_body() for _ in range(100)]
+    amounts = [body["amount"] for body in bodies if body != "malformed"]
+    assert max(amounts) == 1_000_000
+
+
+@pytest.fixture
+def addresses(monkeypatch: MonkeyPatch) -> Counter[str]:
+    """DNS knows two replicas. To which of them the traffic sends, counted when it does."""
+    dns = {"model-api": ("model-api", [], ["10.0.0.1", "10.0.0.2"])}
+    monkeypatch.setattr(socket, "gethostbyname_ex", dns.__getitem__)
+    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
+    return Counter()
+
+
+async def test_the_traffic_goes_to_all_replicas(
+    client: AsyncClient, load_traffic: Callable[..., dict[str, Any]], addresses: Counter[str]
+) -> None:
     async def on_request(request: httpx.Request) -> None:
-        replicas[f"{request.url.host}:{request.url.port}"] += 1
-        if replicas.total() % 10 == 0:
-            raise random.choice([OSError, httpx.ConnectError])("The service is away.")
+        addresses[f"{request.url.host}:{request.url.port}"] += 1
 
     client.event_hooks = {"request": [on_request]}
-    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
-    random.seed(1)
-    for _ in range(2_000):
+    send = load_traffic()["send"]
+    for _ in range(200):
         await send(client)
-    new = counts() - before
-    assert new["predictions"] == 1_800 and 0.01 < new["invalid_input"] / 1_800 < 0.03
-    assert low < 1 - new["legit_scores"] / new["scores"] < high
-    assert {*replicas} == {"10.0.0.1:8000", "10.0.0.2:8000"} and min(replicas.values()) > 900
-    assert asyncio.sleep.await_count == 2_000 + new["model_calls"], "each at a time of its own"
+    assert addresses.keys() == {"10.0.0.1:8000", "10.0.0.2:8000"}
+    assert min(addresses.values()) > 50
 
 
-async def test_traffic_pace(monkeypatch: MonkeyPatch) -> None:
-    script, send = load_traffic(monkeypatch, "9", "50"), AsyncMock()
-    script["send"] = send
+@pytest.mark.usefixtures("addresses")
+@pytest.mark.parametrize("error", [OSError(), httpx.ConnectError(""), httpx.ReadTimeout("")])
+async def test_the_traffic_outlives_a_service_that_is_away(
+    client: AsyncClient, load_traffic: Callable[..., dict[str, Any]], error: Exception
+) -> None:
+    client.event_hooks = {"request": [AsyncMock(side_effect=error)]}
+    await load_traffic()["send"](client)
+    client.event_hooks["request"][0].assert_awaited_once()
+
+
+async def test_the_traffic_gives_up_a_request_that_hangs(
+    load_traffic: Callable[..., dict[str, Any]], monkeypatch: MonkeyPatch
+) -> None:
+    """Otherwise they would pile up, as they do where DNS hangs."""
+    timeout = asyncio.timeout
+    given = []
+
+    def at_once(seconds: float) -> asyncio.Timeout:
+        given.append(seconds)
+        return timeout(0)
+
+    async def hang(*_: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    send = load_traffic()["send"]
+    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
+    monkeypatch.setattr(asyncio, "timeout", at_once)
+    monkeypatch.setattr(asyncio, "to_thread", hang)
+    await asyncio.wait_for(send(None), timeout=60)
+    assert given == [5]
+
+
+async def test_the_traffic_does_not_wait_for_answers(
+    load_traffic: Callable[..., dict[str, Any]], monkeypatch: MonkeyPatch
+) -> None:
+    script = load_traffic(rate="9")
+    script["send"] = send = AsyncMock()
     monkeypatch.setattr(asyncio, "sleep", AsyncMock(side_effect=[None, None]))
     with pytest.raises(ExceptionGroup):  # The mock sleeps twice, and no more.
         await script["main"]()
-    assert (send.call_count, send.await_count) == (3 * 9, 0), "nobody waits for an answer"
+    assert send.call_count == 3 * 9
+    assert send.await_count == 0
     asyncio.sleep.assert_awaited_with(1)
 
 
-@pytest.mark.parametrize("given", [("0", "50"), ("201", "50"), ("", "50"), ("9" * 5_000, "50"), ("30", "0")])
-def test_bad_traffic_setting(monkeypatch: MonkeyPatch, given: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit, match=f"from {table('Variable')['TRAFFIC_RATE'][1]}, "):
-        load_traffic(monkeypatch, *given)
+@pytest.mark.parametrize(
+    ("rate", "amount"),
+    [
+        pytest.param("0", "50", id="no rate"),
+        pytest.param("201", "50", id="rate too high"),
+        pytest.param("", "50", id="empty rate"),
+        pytest.param("9" * 5_000, "50", id="5,000 digits"),
+        pytest.param("30", "0", id="no amount"),
+        pytest.param("30", "1000001", id="amount too high"),
+    ],
+)
+def test_a_bad_setting_stops_the_traffic(
+    load_traffic: Callable[..., dict[str, Any]], rate: str, amount: str
+) -> None:
+    with pytest.raises(SystemExit, match="from 1 to 200, and TRAFFIC_AMOUNT one from 1 to 1000000"):
+        load_traffic(rate, amount)
+
+
+# ------------------------------------------------------------------ The stack
+
+
+PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
+SCRAPE = {scrape["job_name"]: scrape for scrape in PROMETHEUS["scrape_configs"]}
+(DATA_SOURCE,) = yaml.safe_load(config("datasource"))["datasources"]
+(PROVIDER,) = yaml.safe_load(config("dashboards"))["providers"]
+DASHBOARD = json.loads(config("dashboard"))
+GRAFANA: dict[str, object] = SERVICES["grafana"]["environment"]
+
+
+def mounted(service: str) -> dict[str, str]:
+    """Where a service finds its inline files."""
+    return {mount["source"]: mount["target"] for mount in SERVICES[service]["configs"]}
+
+
+@pytest.mark.parametrize("name", COMPOSE["configs"])
+def test_compose_finds_nothing_to_replace_in_an_inline_file(name: str) -> None:
+    content = COMPOSE["configs"][name]["content"]
+    assert "$" not in content.replace("$$", ""), "Compose would replace a single $"
+
+
+@pytest.mark.parametrize("name", COMPOSE["configs"])
+def test_an_inline_file_is_mounted(name: str) -> None:
+    assert any(name in mounted(service) for service in SERVICES if "configs" in SERVICES[service])
+
+
+def test_the_service_gets_its_settings() -> None:
+    assert {*app.Settings.model_fields} <= {*SERVICES["model-api"]["environment"]}
+
+
+def test_the_service_runs_what_is_saved() -> None:
+    assert SERVICES["model-api"]["pull_policy"] == "build"
+    watched = SERVICES["model-api"]["develop"]["watch"]
+    assert {"action": "rebuild", "path": "app.py"} in watched
+    assert {"action": "rebuild", "path": "requirements.txt"} in watched
+
+
+def test_the_log_of_the_service_is_rotated() -> None:
+    assert SERVICES["model-api"]["logging"] == {"driver": "local"}
+
+
+def test_the_service_listens_where_docker_and_prometheus_ask() -> None:
+    assert COMMAND[:4] == ["uvicorn", "app:app", "--host", "0.0.0.0"]
+    assert "--port" not in COMMAND, "uvicorn's own is 8000"
+    assert SERVICES["model-api"]["ports"][0].endswith(":8000")
+    assert "http://127.0.0.1:8000/health" in dict(dockerfile())["HEALTHCHECK"]
+
+
+def test_a_start_is_seen_within_a_second() -> None:
+    assert "--start-period=30s --start-interval=1s" in dict(dockerfile())["HEALTHCHECK"]
+
+
+def test_requests_in_flight_end_before_docker_kills() -> None:
+    assert 0 < int(COMMAND[COMMAND.index("--timeout-graceful-shutdown") + 1]) < 10
+
+
+def test_the_service_is_no_root_and_cannot_write_its_code() -> None:
+    instructions = dockerfile()
+    assert ("USER", "app") in instructions[instructions.index(("COPY", ". .")) :]
+    assert [rest for name, rest in instructions if name == "COPY"] == ["requirements.txt .", ". ."]
+
+
+PORTS = [port for service in SERVICES.values() for port in service.get("ports", [])]
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_port_is_open_to_this_machine_only(port: str) -> None:
+    assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z]+_PORT:-(\d+)\}:\1", port)
+
+
+IMAGES = [service["image"] for service in SERVICES.values() if "image" in service]
+
+
+@pytest.mark.parametrize("image", [dict(dockerfile())["FROM"], *IMAGES])
+def test_an_image_is_pinned(image: str) -> None:
+    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+|-slim)", image)
+
+
+@pytest.mark.parametrize("package", read("requirements.txt").split())
+def test_a_package_is_pinned(package: str) -> None:
+    assert re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package)
+
+
+def test_prometheus_finds_each_replica() -> None:
+    (discovery,) = SCRAPE["model-api"]["dns_sd_configs"]
+    assert discovery["names"] == ["model-api"]
+    assert discovery["type"] == "A"
+    assert discovery["port"] == 8000
+
+
+def test_prometheus_reads_its_files_and_keeps_its_data() -> None:
+    assert "--config.file=/etc/prometheus/prometheus.yml" in SERVICES["prometheus"]["command"]
+    assert "--storage.tsdb.path=/prometheus" in SERVICES["prometheus"]["command"]
+    volumes = SERVICES["prometheus"]["volumes"]
+    assert "./prometheus.yml:/etc/prometheus/prometheus.yml:ro" in volumes
+    assert "prometheus-data:/prometheus" in volumes
+    assert PROMETHEUS["rule_files"] == ["rules.yml"]
+    assert mounted("prometheus")["rules"] == "/etc/prometheus/rules.yml"
+
+
+def test_everything_keeps_the_pace_of_5_seconds() -> None:
+    (discovery,) = SCRAPE["model-api"]["dns_sd_configs"]
+    assert PROMETHEUS["global"] == {"scrape_interval": "5s", "evaluation_interval": "5s"}
+    assert discovery["refresh_interval"] == "5s"
+    assert DATA_SOURCE["jsonData"]["timeInterval"] == "5s"
+    assert DASHBOARD["refresh"] == "5s"
+
+
+def test_a_container_that_is_gone_is_forgotten_after_three_scrapes() -> None:
+    assert "--query.lookback-delta=15s" in SERVICES["prometheus"]["command"]
+
+
+def test_the_rules_are_tested_by_the_prometheus_that_runs_them() -> None:
+    tests = SERVICES["rule-tests"]
+    assert tests["image"] == SERVICES["prometheus"]["image"]
+    assert (tests["entrypoint"], tests["command"]) == ("promtool", "test rules rules_test.yml")
+    assert f"./.ci/rules_test.yml:{tests['working_dir']}/rules_test.yml:ro" in tests["volumes"]
+    assert mounted("rule-tests")["rules"] == f"{tests['working_dir']}/rules.yml"
+    assert tests["network_mode"] == "none"
+
+
+@pytest.mark.parametrize(("service", "profile"), [("traffic", "traffic"), ("rule-tests", "test")])
+def test_a_service_starts_only_when_asked(service: str, profile: str) -> None:
+    assert SERVICES[service]["profiles"] == [profile]
+
+
+def test_the_traffic_runs_its_script() -> None:
+    assert SERVICES["traffic"]["command"] == ["python", "traffic.py"]
+    assert mounted("traffic")["traffic"] == "/app/traffic.py"
+    assert SERVICES["traffic"]["init"] is True, "Python as process 1 does not hear SIGTERM"
+
+
+def test_the_traffic_is_healthy_when_it_reaches_the_service() -> None:
+    assert "http://model-api:8000/health" in SERVICES["traffic"]["healthcheck"]["test"][-1]
+
+
+def test_grafana_finds_its_files_and_keeps_its_data() -> None:
+    files = mounted("grafana")
+    assert files["datasource"].startswith("/etc/grafana/provisioning/datasources/")
+    assert files["dashboards"].startswith("/etc/grafana/provisioning/dashboards/")
+    assert files["dashboard"].startswith(PROVIDER["options"]["path"] + "/")
+    assert "grafana-data:/var/lib/grafana" in SERVICES["grafana"]["volumes"]
+
+
+def test_grafana_asks_prometheus() -> None:
+    assert (DATA_SOURCE["type"], DATA_SOURCE["url"]) == ("prometheus", "http://prometheus:9090")
+    assert DATA_SOURCE["isDefault"] is True, "the panels name none"
+
+
+def test_grafana_needs_no_login_and_lets_panels_be_saved() -> None:
+    assert GRAFANA["GF_AUTH_ANONYMOUS_ENABLED"] is True
+    assert GRAFANA["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Editor"
+    assert GRAFANA["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] is True, "no admin with a password"
+    assert PROVIDER["allowUiUpdates"] is True
+
+
+def test_grafana_starts_with_the_dashboard_as_it_was_saved() -> None:
+    assert GRAFANA["GF_USERS_HOME_PAGE"] == f"/d/{DASHBOARD['uid']}"
+
+
+def test_grafana_does_not_go_to_the_internet() -> None:
+    assert GRAFANA["GF_PLUGINS_PREINSTALL_DISABLED"] is True
+    assert GRAFANA["GF_ANALYTICS_CHECK_FOR_UPDATES"] is False
+    assert GRAFANA["GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES"] is False
+    assert GRAFANA["GF_ANALYTICS_REPORTING_ENABLED"] is False
+
+
+# ------------------------------------------------------------------ The rules
+
+
+RULES = yaml.safe_load(config("rules"))["groups"][0]["rules"]
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"),
+    reason="promtool is not here; in Docker: docker compose run --rm rule-tests",
+)
+
+
+def promtool(*command: str | Path) -> None:
+    """Run Prometheus's own tool, which must find nothing wrong."""
+    run = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_promtool
+def test_the_rules_pass_their_own_tests(tmp_path: Path) -> None:
+    (tmp_path / "rules.yml").write_text(config("rules"), encoding="utf-8")
+    shutil.copy(FOLDER / ".ci/rules_test.yml", tmp_path)
+    promtool("test", "rules", tmp_path / "rules_test.yml")
+
+
+@needs_promtool
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "rules.yml").write_text(config("rules"), encoding="utf-8")
+    shutil.copy(FOLDER / "prometheus.yml", tmp_path)
+    promtool("check", "config", tmp_path / "prometheus.yml")
+
+
+PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
+PANEL_QUERIES = [query["expr"] for panel in PANELS.values() for query in panel["targets"]] + [
+    annotation["target"]["expr"] for annotation in DASHBOARD["annotations"]["list"]
+]
+README = read("README.md")
+README_QUERIES = re.findall(r"^```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
+
+
+@needs_promtool
+def test_queries_are_promql(tmp_path: Path) -> None:
+    rules = [
+        {"record": f"query:{number}", "expr": re.sub(r"\$__\w*interval", "30s", query)}
+        for number, query in enumerate([*PANEL_QUERIES, *README_QUERIES])
+    ]
+    groups = {"groups": [{"name": "queries", "rules": rules}]}
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump(groups), encoding="utf-8")
+    promtool("check", "rules", tmp_path / "queries.yml")
+
+
+def metrics_in(query: str) -> set[str]:
+    """The metrics that a query names: its words that are no label, function or operator."""
+    query = re.sub(r'"[^"]*"|#.*', "", query)
+    query = re.sub(r"\{[^}]*\}|\[[^]]*\]", "", query)
+    query = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", query)
+    words = re.findall(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", query)
+    return {*words} - {"and", "or", "unless", "bool", "offset", "group_left", "group_right", "NaN"}
+
+
+SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+EXPOSED = {
+    metric.name + suffix
+    for metric in REGISTRY.collect()
+    for suffix in SUFFIXES.get(metric.type, [""])
+}
+# Prometheus's own, and two that prometheus-client has on Linux only.
+EXPOSED |= {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_total"}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("record") or rule["alert"])
+def test_a_rule_asks_for_what_exists(rule: dict[str, Any]) -> None:
+    assert metrics_in(rule["expr"]) <= EXPOSED | RECORDED
+
+
+@pytest.mark.parametrize("query", PANEL_QUERIES)
+def test_a_panel_asks_for_what_exists(query: str) -> None:
+    assert metrics_in(query)
+    assert metrics_in(query) <= EXPOSED | RECORDED
+
+
+# -------------------------------------------------------------- The dashboard
+
+
+CALLS = "version:ml_prediction_duration_seconds_count:rate30s"
+FAILURES = "version:ml_prediction_failures_per_call:ratio_rate30s"
+P95 = "version:ml_prediction_duration_seconds:p95_rate30s"
+FRAUD = "version:ml_prediction_score:fraud_ratio_rate30s"
+BUCKETS = "le:ml_prediction_duration_seconds_bucket:rate30s"
+MEAN = "all:ml_prediction_duration_seconds:mean_rate30s"
+
+
+@pytest.mark.parametrize(
+    ("title", "unit", "shown"),
+    [
+        ("Requests per second", "reqps", {"ml_predictions_total"}),
+        ("Failed calls", "percentunit", {FAILURES}),
+        ("Latency, p95", "s", {P95}),
+        ("Share of fraud", "percentunit", {FRAUD}),
+        ("Requests by version", "reqps", {"ml_predictions_total", "ml_prediction_errors_total"}),
+        ("Failed calls by version", "percentunit", {FAILURES}),
+        ("Latency, p95, by version", "s", {P95}),
+        ("Share of fraud by version", "percentunit", {FRAUD}),
+        ("In progress", None, {"ml_predictions_in_progress"}),
+        ("Versions", None, {"ml_predictions_total", "ml_prediction_score_count"}),
+        ("Memory of each replica", "bytes", {"version_instance:process_resident_memory_bytes"}),
+        ("CPU of each replica", "percentunit", {"version_instance:process_cpu_seconds:rate30s"}),
+        ("Latency of all versions", "s", {BUCKETS, MEAN}),
+        ("Predictions by score", None, {"ml_prediction_score_bucket"}),
+    ],
+)
+def test_a_panel_shows_what_its_title_says(title: str, unit: str | None, shown: set[str]) -> None:
+    panel = PANELS[title]
+    assert set().union(*(metrics_in(query["expr"]) for query in panel["targets"])) == shown
+    assert panel.get("fieldConfig", {}).get("defaults", {}).get("unit") == unit
+
+
+@pytest.mark.parametrize("title", PANELS)
+def test_a_legend_names_a_label_that_its_query_keeps(title: str) -> None:
+    for query in PANELS[title]["targets"]:
+        for label in re.findall(r"\{\{(\w+)\}\}", query.get("legendFormat", "")):
+            assert label in query["expr"]
+
+
+@pytest.mark.parametrize("title", PANELS)
+def test_a_quantile_is_the_one_of_its_legend(title: str) -> None:
+    for query in PANELS[title]["targets"]:
+        for quantile in re.findall(r"histogram_quantile\(([\d.]+)", query["expr"]):
+            assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
+
+
+def test_bad_input_has_a_line_of_its_own() -> None:
+    _, bad_input = PANELS["Requests by version"]["targets"]
+    assert bad_input["legendFormat"] == "bad input"
+    assert 'reason="invalid_input"' in bad_input["expr"]
+
+
+def steps(title: str) -> dict[str, float | None]:
+    """The thresholds of a panel, by their colours."""
+    thresholds = PANELS[title]["fieldConfig"]["defaults"]["thresholds"]["steps"]
+    return {step["color"]: step["value"] for step in thresholds}
+
+
+JUDGED = [
+    ("Failed calls", "HighErrorRatio"),
+    ("Latency, p95", "HighLatency"),
+    ("Share of fraud", "PredictionDrift"),
+]
+
+
+@pytest.mark.parametrize(("title", "alert"), JUDGED)
+def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
+    (query,) = PANELS[title]["targets"]
+    assert ALERTS[alert]["expr"].strip() == f"{query['expr']} > {steps(title)['red']}"
+    assert alert in PANELS[title]["description"]
+
+
+@pytest.mark.parametrize(("title", "alert"), JUDGED)
+def test_the_red_line_of_a_chart_is_always_in_view(title: str, alert: str) -> None:
+    (chart,) = (name for name in PANELS if name.startswith(title) and name.endswith("by version"))
+    custom = PANELS[chart]["fieldConfig"]["defaults"]["custom"]
+    red = steps(chart)["red"]
+    assert ALERTS[alert]["expr"].strip().endswith(f" > {red}")
+    assert custom["thresholdsStyle"] == {"mode": "line"}
+    assert custom["axisSoftMax"] > red
+
+
+@pytest.mark.parametrize(("title", "alert"), JUDGED)
+def test_a_tile_says_unknown_of_a_version_by_name(title: str, alert: str) -> None:
+    assert PANELS[title]["fieldConfig"]["defaults"]["noValue"] == "unknown"
+    assert PANELS[title]["options"]["textMode"] == "value_and_name"
+    assert "unknown" in PANELS[title]["description"]
+
+
+@pytest.mark.parametrize("title", ["Requests per second", *dict(JUDGED)])
+def test_a_tile_shows_what_is_now_and_is_grey_if_nothing_is(title: str) -> None:
+    assert PANELS[title]["targets"][0]["instant"] is True
+    assert steps(title)["#808080"] is None
+
+
+@pytest.mark.parametrize("annotation", DASHBOARD["annotations"]["list"], ids=lambda a: a["name"])
+def test_a_firing_alert_is_marked_in_the_panels_that_show_its_cause(
+    annotation: dict[str, Any],
+) -> None:
+    causes = {
+        "HighErrorRatio": ["Failed calls by version"],
+        "HighLatency": ["Latency, p95, by version", "Latency of all versions"],
+        "PredictionDrift": ["Share of fraud by version", "Predictions by score"],
+        "ModelApiDown": ["Requests by version", "In progress"],
+    }
+    alert = annotation["name"]
+    assert f'alertname="{alert}"' in annotation["target"]["expr"]
+    assert 'alertstate="firing"' in annotation["target"]["expr"]
+    assert annotation["filter"]["ids"] == [PANELS[title]["id"] for title in causes[alert]]
+    assert annotation["datasource"]["uid"] == DATA_SOURCE["uid"]
+    assert alert in ALERTS
+
+
+def test_each_panel_has_an_id_of_its_own() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(ids) == len({*ids})
+
+
+def test_no_panel_covers_another() -> None:
+    for one, other in combinations((panel["gridPos"] for panel in DASHBOARD["panels"]), 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        apart = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or apart
+
+
+# ----------------------------------------------------------------- The README
 
 
 def table(first_column: str) -> dict[str, list[str]]:
     """The rows of a table of the README, by their first cell."""
     lines = README.partition(f"\n| {first_column} |")[2].partition("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert rows, f"the README has no table of each {first_column}"
     return {row[0]: row[1:] for row in rows}
 
 
-async def test_readme_is_true(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    settings = {name: str(field.default) for name, field in app.Settings.model_fields.items()}
-    others = dict(re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml")))
-    assert {name: row[0] for name, row in table("Variable").items()} == settings | others
-    families = [family for family in REGISTRY.collect() if family.name.startswith("ml_")]
-    exposed = {f.name + "_total" * (f.type == "counter"): f.type for f in families}
-    assert {name: row[0] for name, row in table("Metric").items()} == exposed
-    alerts = {name: rule["for"] for name, rule in ALERTS.items()}
-    assert {name: row[0] for name, row in table("Alert").items()} == alerts
-    for name in [*ALERTS][:3]:
-        limit = float(ALERTS[name]["expr"].split(" > ")[1])
-        assert re.search(f"over ({limit} s|{limit:.0%})", table("Alert")[name][1])
-    assert f"<code>{ALERTS['ModelApiDown']['expr']}</code>" in README
-    queries = re.findall(r"(?:: [\d.]+\n|<code>)((?:1 - )?(?:sum|hist).+?)(?:\n|</code>)", README)
-    shown = [102, 21 / 102, 2, 0.26, 0.2, approx(7 / 81), 0.94]
-    assert [*map(prometheus(slow=6), queries)] == shown
+@pytest.mark.parametrize("name", app.Settings.model_fields)
+def test_the_readme_describes_a_setting(name: str) -> None:
+    field = app.Settings.model_fields[name]
+    assert table("Variable")[name][:2] == [str(field.default), field.description]
+
+
+@pytest.mark.parametrize(
+    ("name", "default"), re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
+)
+def test_the_readme_describes_a_variable_of_compose(name: str, default: str) -> None:
+    assert table("Variable")[name][0] == default
+
+
+@pytest.mark.parametrize("name", table("Metric"))
+def test_a_metric_of_the_readme_exists(name: str) -> None:
+    types = {metric.name: metric.type for metric in REGISTRY.collect()}
+    assert types[name.removesuffix("_total")] == table("Metric")[name][0]
+
+
+@pytest.mark.parametrize("name", table("Alert"))
+def test_an_alert_of_the_readme_exists(name: str) -> None:
+    assert table("Alert")[name][0] == ALERTS[name]["for"]
+
+
+@pytest.mark.parametrize(("title", "alert"), JUDGED)
+def test_the_readme_names_the_limit_of_an_alert(title: str, alert: str) -> None:
+    limit = steps(title)["red"]
+    assert limit is not None
+    assert re.search(f"over ({limit} s|{limit:.0%})", table("Alert")[alert][1])
+
+
+@pytest.mark.parametrize("query", README_QUERIES)
+def test_a_query_of_the_readme_asks_for_what_exists(query: str) -> None:
+    added_by_the_class = {"ml_transactions_total"}
+    assert metrics_in(query) <= EXPOSED | RECORDED | added_by_the_class
+
+
+def test_the_readme_has_the_test_command() -> None:
     assert f"\n{read('.ci/run').splitlines()[-1]}\n" in README
+
+
+EXAMPLES = re.findall(r"-d '(.+?)' .+/predict\n```\n+```json\n(.+?)```", README, re.DOTALL)
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize(("body", "answer"), EXAMPLES)
+async def test_an_example_of_the_readme_is_true(
+    client: AsyncClient, monkeypatch: MonkeyPatch, body: str, answer: str
+) -> None:
     monkeypatch.setattr(app, "LABELS", {"model_name": "fraud_model", "version": "v1"})
-    shown = re.findall(r"-d '(.+?)' .+/predict\n```\n`(.+)`\n", README)
-    assert len(shown) == 3
-    for body, expected in shown:
-        answer = (await client.post("/predict", content=body, headers=JSON)).json()
-        if "score" in answer:
-            answer["score"] = approx(answer["score"])  # Its last digit depends on the machine.
-        assert answer == json.loads(expected)
+    expected = json.loads(answer)
+    if "score" in expected:
+        expected["score"] = approx(expected["score"])  # Its last digit depends on the machine.
+    assert (await client.post("/predict", content=body, headers=JSON)).json() == expected
+
+
+@pytest.mark.parametrize("command", re.findall(r"docker compose [^\n`]*?up -d[^\n`<]*", README))
+def test_a_start_in_the_readme_waits_and_says_if_it_fails(command: str) -> None:
+    assert "--wait" in command

@@ -949,7 +949,7 @@ PANEL_QUERIES = [query["expr"] for panel in PANELS.values() for query in panel["
     annotation["target"]["expr"] for annotation in DASHBOARD["annotations"]["list"]
 ]
 README = read("README.md")
-README_QUERIES = re.findall(r"^```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
+README_QUERIES = re.findall(r"^ *```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
 
 
 @needs_promtool
@@ -1170,11 +1170,22 @@ def test_a_query_of_the_readme_asks_for_what_exists(query: str) -> None:
     assert metrics_in(query) <= EXPOSED | RECORDED | added_by_the_class
 
 
+@needs_promtool
+def test_the_alert_that_the_class_writes_passes_its_test(tmp_path: Path) -> None:
+    (alert,) = re.findall(r"```yaml\n( +- alert: .+?)```", README, re.DOTALL)
+    (test,) = re.findall(r"```yaml\n( +- name: .+?)```", README, re.DOTALL)
+    rules = {"groups": [{"name": "class", "rules": yaml.safe_load(alert)}]}
+    tests = yaml.safe_load(read(".ci/rules_test.yml")) | {"tests": yaml.safe_load(test)}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules), encoding="utf-8")
+    (tmp_path / "rules_test.yml").write_text(yaml.safe_dump(tests), encoding="utf-8")
+    promtool("test", "rules", tmp_path / "rules_test.yml")
+
+
 def test_the_readme_has_the_test_command() -> None:
     assert f"\n{read('.ci/run').splitlines()[-1]}\n" in README
 
 
-EXAMPLES = re.findall(r"-d '(.+?)' .+/predict\n```\n+```json\n(.+?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"-d '(.+?)' .+/predict\n```\n\n```json\n(.+)\n```", README)
 
 
 def test_the_readme_has_examples() -> None:

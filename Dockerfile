@@ -7,7 +7,7 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 
-# The service cannot write to its own folder. So pytest keeps no cache there.
+# This user cannot change the code, and pytest cannot keep a cache beside it.
 USER app
 ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 
@@ -15,7 +15,7 @@ ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 
-# Prometheus counts the requests, so the log is for failures. WebSockets are not served, and
-# nothing reads a proxy's headers. Requests in flight have 8 s to end, as Docker kills after 10 s.
+# Prometheus counts the requests, so the log is for failures. Nothing reads a proxy's headers, and
+# WebSockets are not served. Requests in flight have 8 s to end, as Docker kills after 10 s.
 CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--no-proxy-headers", \
      "--ws", "none", "--timeout-graceful-shutdown", "8"]

@@ -24,13 +24,13 @@ from prometheus_client import (
     generate_latest,
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.exceptions import HTTPException  # The base class of FastAPI's own.
+from starlette.exceptions import HTTPException  # FastAPI raises this one and its subclass.
 
 # ------------------------------------------------------------------ Settings
 
 
 class Settings(BaseModel):
-    """Read from the environment variables of these names; description says what is allowed."""
+    """Environment variables of these names. Each description completes the message below."""
 
     model_config = ConfigDict(str_strip_whitespace=True)
 
@@ -49,7 +49,8 @@ except ValidationError as error:
 
 # ------------------------------------------------------------------- Metrics
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # No series named _created.
+# Otherwise each counter and histogram has one more series, for the time of its creation.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LABELS = {"model_name": settings.MODEL_NAME, "version": settings.MODEL_VERSION}
 
@@ -63,7 +64,7 @@ PREDICTIONS = Counter(
 
 ERRORS = Counter(
     "ml_prediction_errors_total",
-    "Requests for a prediction that failed, by reason.",
+    "Failed requests for a prediction, by reason.",
     [*LABELS, "reason"],
 )
 INVALID_INPUT = ERRORS.labels(**LABELS, reason="invalid_input")
@@ -75,6 +76,7 @@ IN_PROGRESS = Gauge(
     [*LABELS],
 ).labels(**LABELS)
 
+# One bucket ends at 0.25 s, the limit of the alert HighLatency.
 DURATION = Histogram(
     "ml_prediction_duration_seconds",
     "Duration of model calls in seconds, including failed ones.",
@@ -82,6 +84,7 @@ DURATION = Histogram(
     buckets=[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10],
 ).labels(**LABELS)
 
+# One bucket ends at 0.5, the limit of fraud.
 SCORE = Histogram(
     "ml_prediction_score",
     "Probability of fraud in each prediction, from 0 to 1.",
@@ -102,19 +105,19 @@ class Transaction(BaseModel):
 
 
 async def infer(transaction: Transaction) -> float:
-    """Return the probability of fraud, from 0 to 1: the place for a model of your own."""
+    """Return the probability of fraud, from 0 to 1. Put a model of your own here."""
     # A logistic regression with made-up weights.
     logit = math.log1p(transaction.amount) + 1.1 * transaction.international - 6.5
     return 1 / (1 + math.exp(-logit))
 
 
 class SimulatedError(Exception):
-    """The model failed because FAILURE_RATE says that it fails at times."""
+    """A failure that FAILURE_RATE asks for."""
 
 
 async def simulate_latency_and_failures() -> None:
     """Take about MODEL_LATENCY_SECONDS, and raise SimulatedError at the rate FAILURE_RATE."""
-    # Inference times are log-normal. With this sigma, one in a hundred takes over three medians.
+    # Inference times are log-normal. With this sigma, 1% of them exceed three times the median.
     await asyncio.sleep(settings.MODEL_LATENCY_SECONDS * random.lognormvariate(mu=0, sigma=0.472))
     if random.random() < settings.FAILURE_RATE:
         raise SimulatedError(f"FAILURE_RATE is {settings.FAILURE_RATE}")
@@ -138,7 +141,7 @@ class ErrorResponse(BaseModel):
     detail: str
 
 
-logger = logging.getLogger("uvicorn.error")
+logger = logging.getLogger("uvicorn.error")  # The log of uvicorn, not of errors alone.
 
 # Without FastAPI's hooks for OpenTelemetry, each request takes 5 microseconds less.
 app = FastAPI(title="Fraud model", telemetry={"tracing": False, "metrics": False, "logs": False})
@@ -152,7 +155,7 @@ app = FastAPI(title="Fraud model", telemetry={"tracing": False, "metrics": False
         413: {
             "model": ErrorResponse,
             "content": {"text/plain": {}},
-            "description": "The body is over 4 KiB. Answered in JSON or in plain text.",
+            "description": "The body is over 4 KiB. In JSON only if it was sent in chunks.",
         },
         415: {"model": ErrorResponse, "description": "The body is not sent as JSON."},
         500: {"model": ErrorResponse, "description": "The model failed."},
@@ -164,14 +167,15 @@ async def predict(transaction: Transaction) -> Prediction:
         with IN_PROGRESS.track_inprogress(), DURATION.time():
             score = await infer(transaction)
             await simulate_latency_and_failures()
+        # This refuses a score that is not from 0 to 1, as one more failure of the model.
         prediction = Prediction(
             prediction="fraud" if score > 0.5 else "legit", score=score, **LABELS
         )
-    # Exception would miss a cancelled request: uvicorn cancels what still runs 8 s after SIGTERM.
+    # Exception would miss sys.exit, a panic in Rust, and what uvicorn cancels 8 s after SIGTERM.
     except BaseException as error:
         MODEL_FAILURE.inc()
-        # A simulated failure needs no traceback.
-        logger.error("The model failed: %r", error, exc_info=not isinstance(error, SimulatedError))
+        is_simulated = isinstance(error, SimulatedError)
+        logger.error("The model failed: %r", error, exc_info=not is_simulated)
         raise HTTPException(500, "The model failed. The log says why.") from error
     finally:
         PREDICTIONS.inc()
@@ -181,26 +185,29 @@ async def predict(transaction: Transaction) -> Prediction:
 
 def count_invalid_input(request: Request) -> None:
     """Count a request that FastAPI refused, if it was for a prediction."""
-    if request.scope["endpoint"] is predict:
+    if request.scope["endpoint"] is predict:  # The function that would have answered.
         PREDICTIONS.inc()
         INVALID_INPUT.inc()
 
 
 @app.exception_handler(RequestValidationError)
-async def refuse_invalid_body(request: Request, error: RequestValidationError) -> Response:
+async def refuse_invalid_input(request: Request, error: RequestValidationError) -> Response:
     """Answer 422 with what is wrong and where, or 415 if the body is not sent as JSON."""
     count_invalid_input(request)
-    if isinstance(error.body, bytes):  # FastAPI parses only what is sent as JSON.
+    if isinstance(error.body, bytes):  # Not parsed, as it is not sent as JSON.
         return JSONResponse({"detail": "Send the header Content-Type: application/json."}, 415)
-    # The input is not quoted: a NaN in it cannot be put in JSON.
-    detail = [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]
+    # Without "input": it may be NaN, which JSON cannot hold.
+    detail = [
+        {"type": wrong["type"], "loc": wrong["loc"], "msg": wrong["msg"]}
+        for wrong in error.errors()
+    ]
     return JSONResponse({"detail": detail}, 422)
 
 
 @app.exception_handler(400)
 @app.exception_handler(413)
-async def refuse_unreadable_body(request: Request, error: HTTPException) -> Response:
-    """Answer 400 or 413, as FastAPI does by itself."""
+async def refuse_body(request: Request, error: HTTPException) -> Response:
+    """Count it, and answer 400 or 413 as FastAPI does."""
     count_invalid_input(request)
     return await http_exception_handler(request, error)
 
@@ -217,7 +224,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@app.get("/", response_class=RedirectResponse)
-async def root() -> str:
+@app.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
     """Lead to the interactive documentation."""
-    return "/docs"
+    return RedirectResponse("/docs")

@@ -1,7 +1,7 @@
-"""Tests of the service over HTTP, and of the files around it. They need no network and no Docker.
+"""Tests of the service and of the files around it. They need no network and no Docker.
 
-Read it from top to bottom: the service in this process, the service as a process, the traffic,
-the stack, the rules, the dashboard, the README.
+Read it from top to bottom: the service in this process, its settings, the service as a process,
+the traffic, the stack, the rules, the dashboard, the README, and the queries in all of them.
 """
 
 import asyncio
@@ -70,13 +70,13 @@ async def client() -> AsyncIterator[AsyncClient]:
     async with AsyncClient(
         transport=httpx.ASGITransport(app.app),
         base_url="http://api",
-        event_hooks={"response": [is_documented]},
+        event_hooks={"response": [check_documented]},
     ) as client:
         yield client
 
 
-async def is_documented(response: httpx.Response) -> None:
-    """Check of each answer in each test: OpenAPI names its status and its content type."""
+async def check_documented(response: httpx.Response) -> None:
+    """Check each answer in each test: OpenAPI names its status and its content type."""
     path = app.app.openapi()["paths"].get(response.request.url.path, {})
     if operation := path.get(response.request.method.lower()):
         documented = operation["responses"][str(response.status_code)].get("content", {"": None})
@@ -118,9 +118,9 @@ def counted(**expected: int) -> Iterator[None]:
     assert {name: n - before[name] for name, n in counts().items() if n != before[name]} == expected
 
 
-def use_model(monkeypatch: MonkeyPatch, *answers: object) -> None:
-    """Let the model answer this, or raise it, one after the other."""
-    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=answers))
+def use_model(monkeypatch: MonkeyPatch, answer: object) -> None:
+    """Let the model answer this, or raise it."""
+    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=[answer]))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def use_model(monkeypatch: MonkeyPatch, *answers: object) -> None:
         pytest.param({"amount": 1_000_000}, "fraud", 0.9993, id="largest"),
     ],
 )
-async def test_predict(
+async def test_the_model_scores_a_transaction(
     client: AsyncClient, transaction: dict[str, object], prediction: str, score: float
 ) -> None:
     answer = await client.post("/predict", json=transaction)
@@ -141,18 +141,24 @@ async def test_predict(
     assert answer.json() == {"prediction": prediction, "score": approx(score, abs=1e-4), **LABELS}
 
 
-async def test_a_legit_prediction_is_counted(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    use_model(monkeypatch, 0.5)
-    with counted(predictions=1, model_calls=1, scores=1, legit_scores=1):
+@pytest.mark.parametrize(
+    ("score", "prediction", "legit_scores"),
+    [
+        pytest.param(0.5, {"prediction": "legit"}, {"legit_scores": 1}, id="a half"),
+        pytest.param(0.500001, {"prediction": "fraud"}, {}, id="over a half"),
+    ],
+)
+async def test_over_a_half_is_fraud_in_the_answer_and_in_the_metrics(
+    client: AsyncClient,
+    monkeypatch: MonkeyPatch,
+    score: float,
+    prediction: dict[str, str],
+    legit_scores: dict[str, int],
+) -> None:
+    use_model(monkeypatch, score)
+    with counted(predictions=1, model_calls=1, scores=1, **legit_scores):
         answer = await client.post("/predict", json=LEGIT)
-    assert answer.json()["prediction"] == "legit"
-
-
-async def test_a_fraud_is_counted(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
-    use_model(monkeypatch, 0.500001)
-    with counted(predictions=1, model_calls=1, scores=1):
-        answer = await client.post("/predict", json=LEGIT)
-    assert answer.json()["prediction"] == "fraud"
+    assert answer.json() == {**prediction, "score": score, **LABELS}
 
 
 @pytest.mark.parametrize("send", [bytes, chunks], ids=["with its length", "in chunks"])
@@ -161,7 +167,7 @@ async def test_a_body_of_4_kib_is_read(client: AsyncClient, send: Callable[[byte
     assert answer.status_code == 200
 
 
-async def test_the_latency_is_log_normal(monkeypatch: MonkeyPatch) -> None:
+async def test_the_simulated_latency_has_the_right_median_and_p99(monkeypatch: MonkeyPatch) -> None:
     sleep = AsyncMock()
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
@@ -184,7 +190,7 @@ async def test_the_model_fails_at_its_rate(client: AsyncClient, monkeypatch: Mon
 async def test_800_requests_at_once_are_counted_exactly(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
-    """200 requests are malformed. The other 600 meet in the model, and then 200 of them fail."""
+    """200 requests have a negative amount. The other 600 meet in the model, and then 200 of them fail."""
     all_are_in_the_model = asyncio.Barrier(600)
     in_progress = []
 
@@ -211,38 +217,36 @@ async def test_800_requests_at_once_are_counted_exactly(
     assert max(in_progress) == 600
 
 
+async def time_a_call(client: AsyncClient) -> tuple[float, float]:
+    """The duration of a call by the metric, and by the clock of the client, in seconds."""
+    start, before = time.monotonic(), sample("ml_prediction_duration_seconds_sum")
+    await client.post("/predict", json=LEGIT)
+    return sample("ml_prediction_duration_seconds_sum") - before, time.monotonic() - start
+
+
 async def test_the_model_is_timed(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
     async def infer(_: app.Transaction) -> float:
-        await asyncio.sleep(0.26)
+        await asyncio.sleep(0.1)
         return 0.1
 
     monkeypatch.setattr(app, "infer", infer)
-    within_objective = sample("ml_prediction_duration_seconds_bucket", le="0.25")
-    await client.post("/predict", json=LEGIT)
-    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") == within_objective
+    measured, took = await time_a_call(client)
+    assert 0.09 < measured < took
 
 
 async def test_the_simulated_latency_is_timed(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.26)
+    monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.1)
     monkeypatch.setattr(random, "lognormvariate", lambda mu, sigma: 1)
-    within_objective = sample("ml_prediction_duration_seconds_bucket", le="0.25")
-    await client.post("/predict", json=LEGIT)
-    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") == within_objective
-
-
-async def test_durations_are_in_seconds(client: AsyncClient) -> None:
-    start, before = time.monotonic(), sample("ml_prediction_duration_seconds_sum")
-    await client.post("/predict", json=LEGIT)
-    took = time.monotonic() - start
-    assert 0 < sample("ml_prediction_duration_seconds_sum") - before < took
+    measured, took = await time_a_call(client)
+    assert 0.09 < measured < took
 
 
 async def test_a_request_is_counted_when_it_ends(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
-    """So a model that hangs ends no call, not even one that is going to fail."""
+    """While the model hangs, it is in progress and in no other metric."""
     started, end = asyncio.Event(), asyncio.Event()
 
     async def infer(_: app.Transaction) -> float:
@@ -292,6 +296,8 @@ async def test_whatever_goes_wrong_in_the_model_is_a_model_failure(
 async def test_sys_exit_in_a_thread_is_a_model_failure(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
+    """It arrives by way of a future, not as a call that raises."""
+
     async def infer(_: app.Transaction) -> float:
         return await asyncio.to_thread(sys.exit, 3)
 
@@ -332,16 +338,16 @@ class BadInput(NamedTuple):
 
 
 BAD_INPUT = {
-    "no amount": BadInput(b"{}", 422, "Field required"),
-    "unknown field": BadInput(b'{"amount": 1, "currency": "EUR"}', 422, "Extra inputs are not"),
-    "amount as text": BadInput(b'{"amount": "12"}', 422, "valid number"),
-    "number as bool": BadInput(b'{"amount": 1, "international": 1}', 422, "valid boolean"),
-    "negative": BadInput(b'{"amount": -0.01}', 422, "greater than or equal to 0"),
-    "too large": BadInput(b'{"amount": 1000000.01}', 422, "less than or equal to 1000000"),
-    "NaN": BadInput(b'{"amount": NaN}', 422, "less than or equal to 1000000"),
-    "4,000 digits": BadInput(b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "valid number"),
-    "surrogate": BadInput(b'{"amount": 1, "\\ud800": 1}', 422, "unable to parse"),
-    "broken JSON": BadInput(b'{"amount": 4', 422, "JSON decode error"),
+    "no amount": BadInput(b"{}", 422, "missing"),
+    "unknown field": BadInput(b'{"amount": 1, "currency": "EUR"}', 422, "extra_forbidden"),
+    "amount as text": BadInput(b'{"amount": "12"}', 422, "float_type"),
+    "number as bool": BadInput(b'{"amount": 1, "international": 1}', 422, "bool_type"),
+    "negative": BadInput(b'{"amount": -0.01}', 422, "greater_than_equal"),
+    "too large": BadInput(b'{"amount": 1000000.01}', 422, "less_than_equal"),
+    "NaN": BadInput(b'{"amount": NaN}', 422, "less_than_equal"),
+    "4,000 digits": BadInput(b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "float_type"),
+    "surrogate": BadInput(b'{"amount": 1, "\\ud800": 1}', 422, "string_unicode"),
+    "broken JSON": BadInput(b'{"amount": 4', 422, "json_invalid"),
     "not UTF-8": BadInput(b'{"amount": 1, "\xff": 1}', 400, "error parsing the body"),
     "deeply nested": BadInput(b"[" * 2_000, 400, "error parsing the body"),
     "over 4 KiB": BadInput(FOUR_KIB + b" ", 413, "Content Too Large"),
@@ -386,21 +392,23 @@ def added_routes() -> Iterator[None]:
     app.app.router.routes[:] = routes
 
 
-OTHER_BAD_REQUESTS = {
-    "422, query": httpx.Request("GET", "http://api/top?n=x"),
-    "422, body": httpx.Request("POST", "http://api/feedback", content=b"{}", headers=JSON),
-    "400": httpx.Request("POST", "http://api/feedback", content=b"\xff", headers=JSON),
-    "413": httpx.Request("POST", "http://api/feedback", content=FOUR_KIB + b" ", headers=JSON),
-}
-
-
 @pytest.mark.usefixtures("added_routes")
-@pytest.mark.parametrize("case", OTHER_BAD_REQUESTS)
-async def test_bad_input_to_another_route_is_not_counted(client: AsyncClient, case: str) -> None:
-    client.event_hooks = {}
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        pytest.param("GET", "/top?n=x", b"", 422, id="query"),
+        pytest.param("POST", "/feedback", b"{}", 422, id="body"),
+        pytest.param("POST", "/feedback", b"\xff", 400, id="not UTF-8"),
+        pytest.param("POST", "/feedback", FOUR_KIB + b" ", 413, id="over 4 KiB"),
+    ],
+)
+async def test_bad_input_to_another_route_is_not_counted(
+    client: AsyncClient, method: str, path: str, body: bytes, status: int
+) -> None:
+    client.event_hooks = {}  # The documentation does not know these routes.
     with counted():
-        answer = await client.send(OTHER_BAD_REQUESTS[case])
-    assert answer.status_code == int(case[:3])
+        answer = await client.request(method, path, content=body, headers=JSON)
+    assert answer.status_code == status
 
 
 @pytest.mark.parametrize(("path", "status"), [("/no", 404), ("/predict", 405)])
@@ -411,7 +419,7 @@ async def test_a_path_or_method_that_is_not_there_is_not_counted(
         assert (await client.get(path)).status_code == status
 
 
-async def test_health(client: AsyncClient) -> None:
+async def test_health_answers_and_is_not_counted(client: AsyncClient) -> None:
     with counted():
         answer = await client.get("/health")
     assert answer.json() == {"status": "ok"}
@@ -421,22 +429,18 @@ async def test_the_root_leads_to_the_documentation(client: AsyncClient) -> None:
     assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
 
 
-async def test_the_documentation_sends_an_everyday_payment(client: AsyncClient) -> None:
+async def test_the_documentation_fills_in_an_example(client: AsyncClient) -> None:
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     assert schemas["Transaction"]["properties"]["amount"]["examples"] == [LEGIT["amount"]]
 
 
 async def test_metrics_have_the_content_type_that_prometheus_expects(client: AsyncClient) -> None:
     answer = await client.get("/metrics")
-    assert answer.headers["content-type"] == "text/plain; version=1.0.0; charset=utf-8"
+    assert answer.headers["content-type"].startswith("text/plain; version=")
 
 
 async def test_metrics_have_no_created_series(client: AsyncClient) -> None:
     assert "_created" not in (await client.get("/metrics")).text
-
-
-async def test_the_objective_is_a_boundary_of_a_bucket() -> None:
-    assert sample("ml_prediction_duration_seconds_bucket", le="0.25") >= 0
 
 
 async def test_help_texts_are_sentences(client: AsyncClient) -> None:
@@ -548,6 +552,7 @@ def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
             process.kill()
 
 
+# Without its last empty line, as a test may add headers.
 REQUEST = (
     b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13\r\n"
 )
@@ -573,7 +578,8 @@ def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> Non
     assert service.metric("ml_predictions_total") == 1
 
 
-def test_an_upgrade_to_websocket_gets_an_answer(service: Service) -> None:
+def test_a_request_that_offers_an_upgrade_is_answered(service: Service) -> None:
+    """uvicorn loses the body of such a request."""
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
     with service.connect(REQUEST + upgrade + b'\r\n{"amount"') as connection:
         assert connection.recv(1024).startswith(b"HTTP/1.1 422")
@@ -609,8 +615,11 @@ def config(name: str) -> str:
     return content.replace("$$", "$")
 
 
+LoadTraffic = Callable[..., dict[str, Any]]
+
+
 @pytest.fixture
-def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def load_traffic(monkeypatch: MonkeyPatch) -> LoadTraffic:
     """Gives the names in the traffic's script, which is not started."""
 
     def load(rate: str = "30", amount: str = "50") -> dict[str, Any]:
@@ -632,7 +641,7 @@ def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., dict[str, Any]]:
 )
 async def test_the_amount_of_the_traffic_decides_how_much_is_fraud(
     client: AsyncClient,
-    load_traffic: Callable[..., dict[str, Any]],
+    load_traffic: LoadTraffic,
     amount: str,
     least: float,
     most: float,
@@ -648,27 +657,29 @@ async def test_the_amount_of_the_traffic_decides_how_much_is_fraud(
 
 
 def test_the_largest_amount_of_the_traffic_is_valid(
-    load_traffic: Callable[..., dict[str, Any]],
+    load_traffic: LoadTraffic,
 ) -> None:
     make_body = load_traffic(amount="1000000")["make_body"]
     random.seed(1)
     bodies = [make_body() for _ in range(100)]
-    amounts = [body["amount"] for body in bodies if body != "malformed"]
-    assert max(amounts) == 1_000_000
+    transactions = [app.Transaction(**body) for body in bodies if body != "malformed"]
+    assert max(transaction.amount for transaction in transactions) == 1_000_000
 
 
 @pytest.fixture
-def addresses(monkeypatch: MonkeyPatch) -> Counter[str]:
-    """DNS knows two replicas. To which of them the traffic sends, counted when it does."""
+def two_replicas(monkeypatch: MonkeyPatch) -> None:
+    """DNS knows two replicas, and the traffic sends at once."""
     dns = {"model-api": ("model-api", [], ["10.0.0.1", "10.0.0.2"])}
     monkeypatch.setattr(socket, "gethostbyname_ex", dns.__getitem__)
     monkeypatch.setattr(asyncio, "sleep", AsyncMock())
-    return Counter()
 
 
+@pytest.mark.usefixtures("two_replicas")
 async def test_the_traffic_goes_to_all_replicas(
-    client: AsyncClient, load_traffic: Callable[..., dict[str, Any]], addresses: Counter[str]
+    client: AsyncClient, load_traffic: LoadTraffic
 ) -> None:
+    addresses = Counter[str]()
+
     async def on_request(request: httpx.Request) -> None:
         addresses[f"{request.url.host}:{request.url.port}"] += 1
 
@@ -680,10 +691,10 @@ async def test_the_traffic_goes_to_all_replicas(
     assert min(addresses.values()) > 50
 
 
-@pytest.mark.usefixtures("addresses")
+@pytest.mark.usefixtures("two_replicas")
 @pytest.mark.parametrize("error", [OSError(), httpx.ConnectError(""), httpx.ReadTimeout("")])
 async def test_the_traffic_outlives_a_service_that_is_away(
-    client: AsyncClient, load_traffic: Callable[..., dict[str, Any]], error: Exception
+    client: AsyncClient, load_traffic: LoadTraffic, error: Exception
 ) -> None:
     client.event_hooks = {"request": [AsyncMock(side_effect=error)]}
     await load_traffic()["send"](client)
@@ -691,7 +702,7 @@ async def test_the_traffic_outlives_a_service_that_is_away(
 
 
 async def test_the_traffic_gives_up_a_request_that_hangs(
-    load_traffic: Callable[..., dict[str, Any]], monkeypatch: MonkeyPatch
+    load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
 ) -> None:
     """Otherwise they would pile up, as they do where DNS hangs."""
     timeout = asyncio.timeout
@@ -713,7 +724,7 @@ async def test_the_traffic_gives_up_a_request_that_hangs(
 
 
 async def test_the_traffic_does_not_wait_for_answers(
-    load_traffic: Callable[..., dict[str, Any]], monkeypatch: MonkeyPatch
+    load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
 ) -> None:
     script = load_traffic(rate="9")
     script["send"] = send = AsyncMock()
@@ -736,9 +747,7 @@ async def test_the_traffic_does_not_wait_for_answers(
         pytest.param("30", "1000001", id="amount too high"),
     ],
 )
-def test_a_bad_setting_stops_the_traffic(
-    load_traffic: Callable[..., dict[str, Any]], rate: str, amount: str
-) -> None:
+def test_a_bad_setting_stops_the_traffic(load_traffic: LoadTraffic, rate: str, amount: str) -> None:
     with pytest.raises(SystemExit, match="from 1 to 200, and TRAFFIC_AMOUNT one from 1 to 1000000"):
         load_traffic(rate, amount)
 
@@ -749,7 +758,7 @@ def test_a_bad_setting_stops_the_traffic(
 PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
 SCRAPE = {scrape["job_name"]: scrape for scrape in PROMETHEUS["scrape_configs"]}
 (DATA_SOURCE,) = yaml.safe_load(config("datasource"))["datasources"]
-(PROVIDER,) = yaml.safe_load(config("dashboards"))["providers"]
+(PROVIDER,) = yaml.safe_load(config("dashboard-provider"))["providers"]
 DASHBOARD = json.loads(config("dashboard"))
 GRAFANA: dict[str, object] = SERVICES["grafana"]["environment"]
 
@@ -884,7 +893,7 @@ def test_the_traffic_is_healthy_when_it_reaches_the_service() -> None:
 def test_grafana_finds_its_files_and_keeps_its_data() -> None:
     files = mounted("grafana")
     assert files["datasource"].startswith("/etc/grafana/provisioning/datasources/")
-    assert files["dashboards"].startswith("/etc/grafana/provisioning/dashboards/")
+    assert files["dashboard-provider"].startswith("/etc/grafana/provisioning/dashboards/")
     assert files["dashboard"].startswith(PROVIDER["options"]["path"] + "/")
     assert "grafana-data:/var/lib/grafana" in SERVICES["grafana"]["volumes"]
 
@@ -931,73 +940,41 @@ def promtool(*command: str | Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@needs_promtool
-def test_the_rules_pass_their_own_tests(tmp_path: Path) -> None:
-    (tmp_path / "rules.yml").write_text(config("rules"), encoding="utf-8")
-    shutil.copy(FOLDER / ".ci/rules_test.yml", tmp_path)
-    promtool("test", "rules", tmp_path / "rules_test.yml")
-
-
-@needs_promtool
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+@pytest.fixture
+def prometheus_folder(tmp_path: Path) -> Path:
+    """The files that Prometheus and the tests of its rules read, side by side."""
     (tmp_path / "rules.yml").write_text(config("rules"), encoding="utf-8")
     shutil.copy(FOLDER / "prometheus.yml", tmp_path)
-    promtool("check", "config", tmp_path / "prometheus.yml")
-
-
-PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
-PANEL_QUERIES = [query["expr"] for panel in PANELS.values() for query in panel["targets"]] + [
-    annotation["target"]["expr"] for annotation in DASHBOARD["annotations"]["list"]
-]
-README = read("README.md")
-README_QUERIES = re.findall(r"^ *```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
+    shutil.copy(FOLDER / ".ci/rules_test.yml", tmp_path)
+    return tmp_path
 
 
 @needs_promtool
-def test_queries_are_promql(tmp_path: Path) -> None:
-    rules = [
-        {"record": f"query:{number}", "expr": re.sub(r"\$__\w*interval", "30s", query)}
-        for number, query in enumerate([*PANEL_QUERIES, *README_QUERIES])
-    ]
-    groups = {"groups": [{"name": "queries", "rules": rules}]}
-    (tmp_path / "queries.yml").write_text(yaml.safe_dump(groups), encoding="utf-8")
-    promtool("check", "rules", tmp_path / "queries.yml")
+def test_the_rules_pass_their_own_tests(prometheus_folder: Path) -> None:
+    promtool("test", "rules", prometheus_folder / "rules_test.yml")
 
 
-def metrics_in(query: str) -> set[str]:
-    """The metrics that a query names: its words that are no label, function or operator."""
-    query = re.sub(r'"[^"]*"|#.*', "", query)
-    query = re.sub(r"\{[^}]*\}|\[[^]]*\]", "", query)
-    query = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", query)
-    words = re.findall(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", query)
-    return {*words} - {"and", "or", "unless", "bool", "offset", "group_left", "group_right", "NaN"}
+@needs_promtool
+def test_prometheus_takes_its_configuration(prometheus_folder: Path) -> None:
+    promtool("check", "config", prometheus_folder / "prometheus.yml")
 
 
-SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
-EXPOSED = {
-    metric.name + suffix
-    for metric in REGISTRY.collect()
-    for suffix in SUFFIXES.get(metric.type, [""])
-}
-# Prometheus's own, and two that prometheus-client has on Linux only.
-EXPOSED |= {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_total"}
+def limit(alert: str) -> float:
+    """The number that an alert compares with."""
+    return float(ALERTS[alert]["expr"].rpartition(">")[2].strip(" ()\n"))
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("record") or rule["alert"])
-def test_a_rule_asks_for_what_exists(rule: dict[str, Any]) -> None:
-    assert metrics_in(rule["expr"]) <= EXPOSED | RECORDED
-
-
-@pytest.mark.parametrize("query", PANEL_QUERIES)
-def test_a_panel_asks_for_what_exists(query: str) -> None:
-    assert metrics_in(query)
-    assert metrics_in(query) <= EXPOSED | RECORDED
+def test_the_limit_of_the_latency_is_the_boundary_of_a_bucket() -> None:
+    """So the share of calls that keep it is exact."""
+    boundary = {**LABELS, "le": str(limit("HighLatency"))}
+    assert REGISTRY.get_sample_value("ml_prediction_duration_seconds_bucket", boundary) is not None
 
 
 # -------------------------------------------------------------- The dashboard
 
 
-CALLS = "version:ml_prediction_duration_seconds_count:rate30s"
+PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
+
 FAILURES = "version:ml_prediction_failures_per_call:ratio_rate30s"
 P95 = "version:ml_prediction_duration_seconds:p95_rate30s"
 FRAUD = "version:ml_prediction_score:fraud_ratio_rate30s"
@@ -1034,7 +1011,9 @@ def test_a_panel_shows_what_its_title_says(title: str, unit: str | None, shown: 
 def test_a_legend_names_a_label_that_its_query_keeps(title: str) -> None:
     for query in PANELS[title]["targets"]:
         for label in re.findall(r"\{\{(\w+)\}\}", query.get("legendFormat", "")):
-            assert label in query["expr"]
+            by = re.findall(r"\bby\s*\(([^)]*)\)", query["expr"])
+            level = query["expr"].partition(":")[0].split("_")
+            assert label in re.findall(r"\w+", " ".join(by)) + level
 
 
 @pytest.mark.parametrize("title", PANELS)
@@ -1056,19 +1035,14 @@ def steps(title: str) -> dict[str, float | None]:
     return {step["color"]: step["value"] for step in thresholds}
 
 
-def limit(alert: str) -> float:
-    """The number that an alert compares with."""
-    return float(ALERTS[alert]["expr"].rpartition(">")[2].strip(" ()\n"))
+ALERT_OF = {
+    "Failed calls": "HighErrorRatio",
+    "Latency, p95": "HighLatency",
+    "Share of fraud": "PredictionDrift",
+}
 
 
-JUDGED = [
-    ("Failed calls", "HighErrorRatio"),
-    ("Latency, p95", "HighLatency"),
-    ("Share of fraud", "PredictionDrift"),
-]
-
-
-@pytest.mark.parametrize(("title", "alert"), JUDGED)
+@pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
 def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
     (query,) = PANELS[title]["targets"]
     assert metrics_in(ALERTS[alert]["expr"]) == {query["expr"]}
@@ -1076,7 +1050,7 @@ def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
     assert alert in PANELS[title]["description"]
 
 
-@pytest.mark.parametrize(("title", "alert"), JUDGED)
+@pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
 def test_the_red_line_of_a_chart_is_always_in_view(title: str, alert: str) -> None:
     (chart,) = (name for name in PANELS if name.startswith(title) and name.endswith("by version"))
     custom = PANELS[chart]["fieldConfig"]["defaults"]["custom"]
@@ -1085,16 +1059,23 @@ def test_the_red_line_of_a_chart_is_always_in_view(title: str, alert: str) -> No
     assert custom["axisSoftMax"] > limit(alert)
 
 
-@pytest.mark.parametrize(("title", "alert"), JUDGED)
-def test_a_tile_says_unknown_of_a_version_by_name(title: str, alert: str) -> None:
+@pytest.mark.parametrize("title", ALERT_OF)
+def test_a_tile_says_unknown_and_names_the_version(title: str) -> None:
     assert PANELS[title]["fieldConfig"]["defaults"]["noValue"] == "unknown"
     assert PANELS[title]["options"]["textMode"] == "value_and_name"
     assert "unknown" in PANELS[title]["description"]
 
 
-@pytest.mark.parametrize("title", ["Requests per second", *dict(JUDGED)])
-def test_a_tile_shows_what_is_now_and_is_grey_if_nothing_is(title: str) -> None:
+TILES = ["Requests per second", *ALERT_OF]
+
+
+@pytest.mark.parametrize("title", TILES)
+def test_a_tile_shows_the_present(title: str) -> None:
     assert PANELS[title]["targets"][0]["instant"] is True
+
+
+@pytest.mark.parametrize("title", TILES)
+def test_a_tile_without_data_is_grey(title: str) -> None:
     assert steps(title)["#808080"] is None
 
 
@@ -1131,6 +1112,9 @@ def test_no_panel_covers_another() -> None:
 # ----------------------------------------------------------------- The README
 
 
+README = read("README.md")
+
+
 def table(first_column: str) -> dict[str, list[str]]:
     """The rows of a table of the README, by their first cell."""
     lines = README.partition(f"\n| {first_column} |")[2].partition("\n\n")[0].splitlines()[2:]
@@ -1163,15 +1147,9 @@ def test_an_alert_of_the_readme_exists(name: str) -> None:
     assert table("Alert")[name][0] == ALERTS[name]["for"]
 
 
-@pytest.mark.parametrize(("title", "alert"), JUDGED)
-def test_the_readme_names_the_limit_of_an_alert(title: str, alert: str) -> None:
+@pytest.mark.parametrize("alert", ALERT_OF.values())
+def test_the_readme_names_the_limit_of_an_alert(alert: str) -> None:
     assert re.search(f"over ({limit(alert)} s|{limit(alert):.0%})", table("Alert")[alert][1])
-
-
-@pytest.mark.parametrize("query", README_QUERIES)
-def test_a_query_of_the_readme_asks_for_what_exists(query: str) -> None:
-    added_by_the_class = {"ml_transactions_total"}
-    assert metrics_in(query) <= EXPOSED | RECORDED | added_by_the_class
 
 
 @needs_promtool
@@ -1210,3 +1188,54 @@ async def test_an_example_of_the_readme_is_true(
 @pytest.mark.parametrize("command", re.findall(r"docker compose [^\n`]*?up -d[^\n`<]*", README))
 def test_a_start_in_the_readme_waits_and_says_if_it_fails(command: str) -> None:
     assert "--wait" in command
+
+
+# ---------------------------------------------------------------- The queries
+
+
+PANEL_QUERIES = [query["expr"] for panel in PANELS.values() for query in panel["targets"]]
+MARKS = [annotation["target"]["expr"] for annotation in DASHBOARD["annotations"]["list"]]
+RULE_QUERIES = [rule["expr"] for rule in RULES]
+README_QUERIES = re.findall(r"^ *```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
+
+
+@needs_promtool
+def test_queries_are_promql(tmp_path: Path) -> None:
+    rules = [
+        {"record": f"query:{number}", "expr": re.sub(r"\$__\w*interval", "30s", query)}
+        for number, query in enumerate([*PANEL_QUERIES, *MARKS, *README_QUERIES])
+    ]
+    groups = {"groups": [{"name": "queries", "rules": rules}]}
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump(groups), encoding="utf-8")
+    promtool("check", "rules", tmp_path / "queries.yml")
+
+
+def metrics_in(query: str) -> set[str]:
+    """The metrics that a query names: its words that are no label, function or operator."""
+    query = re.sub(r'"[^"]*"|#.*', "", query)
+    query = re.sub(r"\{[^}]*\}|\[[^]]*\]", "", query)
+    query = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", query)
+    words = re.findall(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", query)
+    return {*words} - {"and", "or", "unless", "bool", "offset", "NaN"}
+
+
+SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
+EXISTING = RECORDED | {
+    metric.name + suffix
+    for metric in REGISTRY.collect()
+    for suffix in SUFFIXES.get(metric.type, [""])
+}
+EXISTING |= {"up", "ALERTS"}  # Prometheus adds these.
+# prometheus-client has these on Linux only.
+EXISTING |= {"process_resident_memory_bytes", "process_cpu_seconds_total"}
+
+
+@pytest.mark.parametrize("query", [*RULE_QUERIES, *PANEL_QUERIES, *MARKS])
+def test_a_query_asks_for_what_exists(query: str) -> None:
+    assert metrics_in(query)
+    assert metrics_in(query) <= EXISTING
+
+
+@pytest.mark.parametrize("query", README_QUERIES)
+def test_a_query_of_the_readme_asks_for_what_exists(query: str) -> None:
+    assert metrics_in(query) <= EXISTING | {"ml_transactions_total"}, "the class adds that one"

@@ -1023,6 +1023,15 @@ def test_a_quantile_is_the_one_of_its_legend(title: str) -> None:
             assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
 
 
+def test_the_table_counts_replicas_and_scores() -> None:
+    replicas, scored = PANELS["Versions"]["targets"]
+    organize = PANELS["Versions"]["transformations"][1]["options"]
+    assert replicas["expr"].startswith("count")
+    assert organize["renameByName"][f"Value #{replicas['refId']}"] == "replicas"
+    assert metrics_in(scored["expr"]) == {"ml_prediction_score_count"}
+    assert organize["renameByName"][f"Value #{scored['refId']}"] == "scored"
+
+
 def test_bad_input_has_a_line_of_its_own() -> None:
     _, bad_input = PANELS["Requests by version"]["targets"]
     assert bad_input["legendFormat"] == "bad input"

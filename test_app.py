@@ -79,8 +79,8 @@ async def check_documented(response: httpx.Response) -> None:
     """Check each answer in each test: OpenAPI names its status and its content type."""
     path = app.app.openapi()["paths"].get(response.request.url.path, {})
     if operation := path.get(response.request.method.lower()):
-        documented = operation["responses"][str(response.status_code)].get("content", {"": None})
-        assert response.headers.get("content-type", "").partition(";")[0] in documented
+        documented = operation["responses"][str(response.status_code)]["content"]
+        assert response.headers["content-type"].partition(";")[0] in documented
 
 
 async def chunks(body: bytes) -> AsyncIterator[bytes]:
@@ -558,6 +558,14 @@ def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
             process.kill()
 
 
+def test_a_bad_setting_ends_the_process_with_one_line(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILURE_RATE", "2")
+    command = [sys.executable, "-m", *COMMAND]
+    run = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout + run.stderr == "FAILURE_RATE must be from 0 to 1, not '2'\n"
+
+
 # Without its last empty line, as a test may add headers.
 REQUEST = (
     b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13\r\n"
@@ -695,6 +703,20 @@ async def test_the_traffic_goes_to_all_replicas(
         await send(client)
     assert addresses.keys() == {"10.0.0.1:8000", "10.0.0.2:8000"}
     assert min(addresses.values()) > 50
+
+
+@pytest.mark.usefixtures("two_replicas")
+async def test_the_traffic_is_spread_over_each_second(
+    client: AsyncClient, load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
+) -> None:
+    sleep = AsyncMock()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    send = load_traffic()["send"]
+    for _ in range(10):
+        await send(client)
+    waits = {call.args[0] for call in sleep.await_args_list} - {0}  # The model waits for 0 s.
+    assert len(waits) == 10
+    assert 0 < min(waits) < max(waits) < 1
 
 
 @pytest.mark.usefixtures("two_replicas")
@@ -1093,21 +1115,23 @@ def test_a_tile_without_data_is_grey(title: str) -> None:
     assert steps(title)["#808080"] is None
 
 
-@pytest.mark.parametrize("annotation", DASHBOARD["annotations"]["list"], ids=lambda a: a["name"])
+MARKED_IN = {
+    "HighErrorRatio": ["Failed calls by version"],
+    "HighLatency": ["Latency, p95, by version", "Latency of all versions"],
+    "PredictionDrift": ["Share of fraud by version", "Predictions by score"],
+    "ModelApiDown": ["Requests by version", "In progress"],
+}
+
+
+@pytest.mark.parametrize(("alert", "titles"), MARKED_IN.items())
 def test_a_firing_alert_is_marked_in_the_panels_that_show_its_cause(
-    annotation: dict[str, Any],
+    alert: str, titles: list[str]
 ) -> None:
-    causes = {
-        "HighErrorRatio": ["Failed calls by version"],
-        "HighLatency": ["Latency, p95, by version", "Latency of all versions"],
-        "PredictionDrift": ["Share of fraud by version", "Predictions by score"],
-        "ModelApiDown": ["Requests by version", "In progress"],
-    }
-    alert = annotation["name"]
-    assert f'alertname="{alert}"' in annotation["target"]["expr"]
-    assert 'alertstate="firing"' in annotation["target"]["expr"]
-    assert annotation["filter"]["ids"] == [PANELS[title]["id"] for title in causes[alert]]
-    assert annotation["datasource"]["uid"] == DATA_SOURCE["uid"]
+    (mark,) = (mark for mark in DASHBOARD["annotations"]["list"] if mark["name"] == alert)
+    assert f'alertname="{alert}"' in mark["target"]["expr"]
+    assert 'alertstate="firing"' in mark["target"]["expr"]
+    assert mark["filter"]["ids"] == [PANELS[title]["id"] for title in titles]
+    assert mark["datasource"]["uid"] == DATA_SOURCE["uid"]
     assert alert in ALERTS
 
 

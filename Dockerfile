@@ -7,15 +7,14 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 
-# This user cannot change the code, and pytest cannot keep a cache beside it.
+# This user cannot change the code.
 USER app
-ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 
 # While it starts, the service is asked each second.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 
-# Prometheus counts the requests, so the log is for failures. Nothing reads a proxy's headers, and
-# WebSockets are not served. Requests in flight have 8 s to end, as Docker kills after 10 s.
-CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--no-proxy-headers", \
-     "--ws", "none", "--timeout-graceful-shutdown", "8"]
+# Prometheus counts the requests, so the log is for failures. Requests in flight have 8 s to end,
+# as Docker kills after 10 s.
+CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", \
+     "--timeout-graceful-shutdown", "8"]

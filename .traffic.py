@@ -1,0 +1,63 @@
+"""Play the customers: send transactions to the service, each to a random replica."""
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import sys
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+
+class Settings(BaseModel):
+    """Environment variables of these names."""
+
+    TRAFFIC_RATE: float = Field(default=30, ge=1, le=200)  # Transactions per second.
+    TRAFFIC_AMOUNT: float = Field(default=50, ge=1, le=1_000_000)  # Median, in US dollars.
+
+
+try:
+    settings = Settings.model_validate(dict(os.environ))
+except ValidationError as error:
+    sys.exit("\n".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()))
+
+
+def make_body() -> dict[str, float | bool] | str:
+    """Return a transaction. One in ten is international, two in a hundred are malformed."""
+    if random.random() < 0.02:
+        return "malformed"
+    amount = settings.TRAFFIC_AMOUNT * random.lognormvariate(mu=0, sigma=1.2)
+    return {
+        "amount": min(round(amount, 2), 1_000_000),
+        "international": random.random() < 0.1,
+    }
+
+
+async def send(client: httpx.AsyncClient) -> None:
+    """Send a transaction, and give up after 5 s."""
+    # The service may be away, and DNS may hang: a TimeoutError is an OSError, too.
+    with contextlib.suppress(OSError, httpx.HTTPError):
+        async with asyncio.timeout(5):
+            _, _, replicas = await asyncio.to_thread(socket.gethostbyname_ex, "model-api")
+            url = f"http://{random.choice(replicas)}:8000/predict"
+            await client.post(url, json=make_body())
+
+
+async def main() -> None:
+    """Send TRAFFIC_RATE transactions a second, without waiting for the answers."""
+    # Each request opens a connection, as many as it takes: the rate holds with a slow model.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with (
+        httpx.AsyncClient(limits=limits, trust_env=False) as client,
+        asyncio.TaskGroup() as requests,
+    ):
+        while True:
+            requests.create_task(send(client))
+            # Customers do not know of each other, so the gaps between them are exponential.
+            await asyncio.sleep(random.expovariate(settings.TRAFFIC_RATE))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

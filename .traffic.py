@@ -1,4 +1,4 @@
-"""Play the customers: send transactions to the service, each to a random replica."""
+"""Play the customers of the service."""
 
 import asyncio
 import contextlib
@@ -23,6 +23,8 @@ try:
 except ValidationError as error:
     sys.exit("\n".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()))
 
+TIMEOUT_SECONDS = 5
+
 
 def make_body() -> dict[str, float | bool] | str:
     """Return a transaction. One in ten is international, two in a hundred are malformed."""
@@ -36,10 +38,10 @@ def make_body() -> dict[str, float | bool] | str:
 
 
 async def send(client: httpx.AsyncClient) -> None:
-    """Send a transaction, and give up after 5 s."""
+    """Send a transaction to a random replica, and ignore the answer."""
     # The service may be away, and DNS may hang: a TimeoutError is an OSError, too.
     with contextlib.suppress(OSError, httpx.HTTPError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             _, _, replicas = await asyncio.to_thread(socket.gethostbyname_ex, "model-api")
             url = f"http://{random.choice(replicas)}:8000/predict"
             await client.post(url, json=make_body())

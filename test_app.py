@@ -1,10 +1,11 @@
-"""Tests of the service and of the files around it. They need no network and no Docker.
+"""Tests of the service, and of what the files around it must agree on. They need no Docker.
 
 Read it from top to bottom: the service in this process, its settings, the service as a process,
-the traffic, the stack, the rules, the dashboard, the README, and the queries in all of them.
+the customers, the files around it, the queries, the demo model.
 """
 
 import asyncio
+import importlib.util
 import json
 import math
 import random
@@ -16,11 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from itertools import combinations
+from decimal import Decimal
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import AsyncMock
 
@@ -30,6 +31,7 @@ import yaml
 from fastapi import HTTPException
 from httpx import AsyncClient
 from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
 from pytest import LogCaptureFixture, MonkeyPatch, approx
 
 import app
@@ -67,26 +69,9 @@ def ideal_model(monkeypatch: MonkeyPatch) -> None:
 @pytest.fixture
 async def client() -> AsyncIterator[AsyncClient]:
     """A client of the service in this process, where the tests can change it."""
-    async with AsyncClient(
-        transport=httpx.ASGITransport(app.app),
-        base_url="http://api",
-        event_hooks={"response": [check_documented]},
-    ) as client:
+    transport = httpx.ASGITransport(app=app.app)
+    async with AsyncClient(transport=transport, base_url="http://api") as client:
         yield client
-
-
-async def check_documented(response: httpx.Response) -> None:
-    """Check each answer in each test: OpenAPI names its status and its content type."""
-    path = app.app.openapi()["paths"].get(response.request.url.path, {})
-    if operation := path.get(response.request.method.lower()):
-        documented = operation["responses"][str(response.status_code)]["content"]
-        assert response.headers["content-type"].partition(";")[0] in documented
-
-
-async def chunks(body: bytes) -> AsyncIterator[bytes]:
-    """A body that is sent without its length."""
-    for start in range(0, len(body), 1024):
-        yield body[start : start + 1024]
 
 
 def sample(name: str, **labels: str) -> float:
@@ -96,26 +81,26 @@ def sample(name: str, **labels: str) -> float:
     return value
 
 
-def counts() -> Counter[str]:
+def counts() -> dict[str, float]:
     """What the service has counted so far."""
-    samples = {
+    return {
         "predictions": sample("ml_predictions_total"),
         "invalid_input": sample("ml_prediction_errors_total", reason="invalid_input"),
         "model_failure": sample("ml_prediction_errors_total", reason="model_failure"),
         "in_progress": sample("ml_predictions_in_progress"),
         "model_calls": sample("ml_prediction_duration_seconds_count"),
         "scores": sample("ml_prediction_score_count"),
-        "legit_scores": sample("ml_prediction_score_bucket", le="0.5"),
+        "legit_scores": sample("ml_prediction_score_bucket", le=str(app.THRESHOLD)),
     }
-    return Counter({name: int(value) for name, value in samples.items()})
 
 
 @contextmanager
-def counted(**expected: int) -> Iterator[None]:
-    """Check that a block counts exactly this."""
+def counts_exactly(**expected: int) -> Iterator[None]:
+    """Check that a block counts this and nothing else."""
     before = counts()
     yield
-    assert {name: n - before[name] for name, n in counts().items() if n != before[name]} == expected
+    changes = {name: value - before[name] for name, value in counts().items()}
+    assert {name: change for name, change in changes.items() if change} == expected
 
 
 def use_model(monkeypatch: MonkeyPatch, answer: object) -> None:
@@ -124,52 +109,37 @@ def use_model(monkeypatch: MonkeyPatch, answer: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("transaction", "prediction", "score"),
+    ("score", "answered", "prediction", "legit_scores"),
     [
-        pytest.param({"amount": 0}, "legit", 0.0015, id="nothing"),
-        pytest.param({"amount": 42.5}, "legit", 0.0614, id="everyday"),
-        pytest.param({"amount": 42.5, "international": True}, "legit", 0.1642, id="abroad"),
-        pytest.param({"amount": 9000, "international": True}, "fraud", 0.9760, id="large, abroad"),
-        pytest.param({"amount": 1_000_000}, "fraud", 0.9993, id="largest"),
+        pytest.param(0.5, 0.5, "legit", {"legit_scores": 1}, id="a half"),
+        pytest.param(0.500001, 0.500001, "fraud", {}, id="over a half"),
+        pytest.param(
+            Decimal("0.50000000000000000001"),
+            0.5,
+            "legit",
+            {"legit_scores": 1},
+            id="a half, as float",
+        ),
     ],
 )
-async def test_the_model_scores_a_transaction(
-    client: AsyncClient, transaction: dict[str, object], prediction: str, score: float
-) -> None:
-    answer = await client.post("/predict", json=transaction)
-    assert answer.status_code == 200
-    assert answer.json() == {"prediction": prediction, "score": approx(score, abs=1e-4), **LABELS}
-
-
-@pytest.mark.parametrize(
-    ("score", "prediction", "legit_scores"),
-    [
-        pytest.param(0.5, {"prediction": "legit"}, {"legit_scores": 1}, id="a half"),
-        pytest.param(0.500001, {"prediction": "fraud"}, {}, id="over a half"),
-    ],
-)
-async def test_over_a_half_is_fraud_in_the_answer_and_in_the_metrics(
+async def test_over_the_threshold_is_fraud_in_the_answer_and_in_the_metrics(
     client: AsyncClient,
     monkeypatch: MonkeyPatch,
-    score: float,
-    prediction: dict[str, str],
+    score: object,
+    answered: float,
+    prediction: str,
     legit_scores: dict[str, int],
 ) -> None:
     use_model(monkeypatch, score)
-    with counted(predictions=1, model_calls=1, scores=1, **legit_scores):
+    with counts_exactly(predictions=1, model_calls=1, scores=1, **legit_scores):
         answer = await client.post("/predict", json=LEGIT)
-    assert answer.json() == {**prediction, "score": score, **LABELS}
-
-
-@pytest.mark.parametrize("send", [bytes, chunks], ids=["with its length", "in chunks"])
-async def test_a_body_of_4_kib_is_read(client: AsyncClient, send: Callable[[bytes], Any]) -> None:
-    answer = await client.post("/predict", content=send(FOUR_KIB), headers=JSON)
     assert answer.status_code == 200
+    assert answer.json() == {"score": answered, "prediction": prediction, **LABELS}
 
 
 async def test_the_simulated_latency_has_the_right_median_and_p99(monkeypatch: MonkeyPatch) -> None:
     sleep = AsyncMock()
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(app, "asyncio", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.05)
     random.seed(1)
     for _ in range(500):
@@ -203,7 +173,7 @@ async def test_800_requests_at_once_are_counted_exactly(
 
     monkeypatch.setattr(app, "infer", infer)
     bodies = [{"amount": number % 4 - 1} for number in range(800)]
-    with counted(
+    with counts_exactly(
         predictions=800,
         invalid_input=200,
         model_failure=200,
@@ -213,72 +183,72 @@ async def test_800_requests_at_once_are_counted_exactly(
     ):
         async with asyncio.timeout(60):
             answers = await asyncio.gather(*(client.post("/predict", json=body) for body in bodies))
-    assert Counter(answer.status_code for answer in answers) == {200: 400, 422: 200, 500: 200}
+    statuses = [answer.status_code for answer in answers]
+    assert [statuses.count(status) for status in (200, 422, 500)] == [400, 200, 200]
     assert max(in_progress) == 600
 
 
-async def time_a_call(client: AsyncClient) -> tuple[float, float]:
-    """The duration of a call by the metric, and by the clock of the client, in seconds."""
-    start, before = time.monotonic(), sample("ml_prediction_duration_seconds_sum")
-    await client.post("/predict", json=LEGIT)
-    return sample("ml_prediction_duration_seconds_sum") - before, time.monotonic() - start
-
-
-async def test_the_model_is_timed(client: AsyncClient, monkeypatch: MonkeyPatch) -> None:
+async def test_the_model_and_its_simulated_latency_are_timed(
+    client: AsyncClient, monkeypatch: MonkeyPatch
+) -> None:
     async def infer(_: app.Transaction) -> float:
         await asyncio.sleep(0.1)
         return 0.1
 
     monkeypatch.setattr(app, "infer", infer)
-    measured, took = await time_a_call(client)
-    assert 0.09 < measured < took
-
-
-async def test_the_simulated_latency_is_timed(
-    client: AsyncClient, monkeypatch: MonkeyPatch
-) -> None:
     monkeypatch.setattr(app.settings, "MODEL_LATENCY_SECONDS", 0.1)
     monkeypatch.setattr(random, "lognormvariate", lambda mu, sigma: 1)
-    measured, took = await time_a_call(client)
-    assert 0.09 < measured < took
+    start, before = time.monotonic(), sample("ml_prediction_duration_seconds_sum")
+    await client.post("/predict", json=LEGIT)
+    measured = sample("ml_prediction_duration_seconds_sum") - before
+    assert 0.19 < measured < time.monotonic() - start
+
+
+def use_hanging_model(monkeypatch: MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Let the model set one event when it starts, and wait for the other."""
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def infer(_: app.Transaction) -> float:
+        started.set()
+        await go_on.wait()
+        return 0.1
+
+    monkeypatch.setattr(app, "infer", infer)
+    return started, go_on
 
 
 async def test_a_request_is_counted_when_it_ends(
     client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
-    """While the model hangs, it is in progress and in no other metric."""
-    started, end = asyncio.Event(), asyncio.Event()
-
-    async def infer(_: app.Transaction) -> float:
-        started.set()
-        await end.wait()
-        return 0.1
-
-    monkeypatch.setattr(app, "infer", infer)
-    monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
-    with counted(in_progress=1):
+    """While the model computes, the request is in progress and in no other metric."""
+    started, go_on = use_hanging_model(monkeypatch)
+    with counts_exactly(in_progress=1):
         request = asyncio.create_task(client.post("/predict", json=LEGIT))
         await asyncio.wait_for(started.wait(), timeout=60)
-    with counted(in_progress=-1, predictions=1, model_failure=1, model_calls=1):
-        end.set()
+    with counts_exactly(in_progress=-1, predictions=1, model_calls=1, scores=1, legit_scores=1):
+        go_on.set()
         await request
 
 
-class Panic(BaseException):
-    """What a model written in Rust may raise."""
+async def test_a_cancelled_request_is_a_model_failure(
+    client: AsyncClient, monkeypatch: MonkeyPatch
+) -> None:
+    """uvicorn cancels those that are still in flight 8 s after SIGTERM."""
+    started, _ = use_hanging_model(monkeypatch)
+    with counts_exactly(predictions=1, model_failure=1, model_calls=1):
+        request = asyncio.create_task(client.post("/predict", json=LEGIT))
+        await asyncio.wait_for(started.wait(), timeout=60)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
 
 
-NOT_A_SCORE = [None, {"score": 0.1}, "0.1", 1.5, -0.1, math.nan]
+NOT_A_SCORE = [None, {"score": 0.1}, "high", 1.5, -0.1, math.nan]
 RAISED = [
     ZeroDivisionError("boom"),
     HTTPException(404),
     TimeoutError(),
-    asyncio.CancelledError(),
-    SystemExit(3),
-    KeyboardInterrupt(),
-    GeneratorExit(),
-    Panic(),
-    BaseExceptionGroup("two", [Panic(), ValueError()]),
+    ExceptionGroup("two", [ValueError(), KeyError()]),
 ]
 
 
@@ -287,45 +257,75 @@ async def test_whatever_goes_wrong_in_the_model_is_a_model_failure(
     client: AsyncClient, monkeypatch: MonkeyPatch, answer: object
 ) -> None:
     use_model(monkeypatch, answer)
-    with counted(predictions=1, model_failure=1, model_calls=1):
+    with counts_exactly(predictions=1, model_failure=1, model_calls=1):
         response = await client.post("/predict", json=LEGIT)
     assert response.status_code == 500
     assert response.json() == {"detail": "The model failed. The log says why."}
 
 
-async def test_sys_exit_in_a_thread_is_a_model_failure(
-    client: AsyncClient, monkeypatch: MonkeyPatch
+class Panic(BaseException):
+    """What a model written in Rust may raise."""
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), SystemExit(3), KeyboardInterrupt(), Panic()], ids=repr
+)
+async def test_what_is_no_exception_is_counted_and_passes_through(
+    client: AsyncClient, monkeypatch: MonkeyPatch, error: BaseException
 ) -> None:
-    """It arrives by way of a future, not as a call that raises."""
-
-    async def infer(_: app.Transaction) -> float:
-        return await asyncio.to_thread(sys.exit, 3)
-
-    monkeypatch.setattr(app, "infer", infer)
-    with counted(predictions=1, model_failure=1, model_calls=1):
-        response = await client.post("/predict", json=LEGIT)
-    assert response.status_code == 500
+    use_model(monkeypatch, error)
+    counted = counts_exactly(predictions=1, model_failure=1, model_calls=1)
+    with counted, pytest.raises(type(error)):
+        await client.post("/predict", json=LEGIT)
 
 
-async def test_a_failure_is_logged_with_its_traceback(
-    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
-) -> None:
-    use_model(monkeypatch, ZeroDivisionError("boom"))
-    await client.post("/predict", json=LEGIT)
+class UnprintableError(Exception):
+    """An error that fails when it is printed."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+    __repr__ = __str__
+
+
+def logged(caplog: LogCaptureFixture) -> str:
+    """The only entry that the service has logged, as text."""
     (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
-    assert "ZeroDivisionError('boom')" in record.getMessage()
-    assert record.exc_info
+    return caplog.handler.format(record)
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("boom"), UnprintableError()], ids=["usual", "unprintable"]
+)
+async def test_a_failure_is_logged_with_its_traceback(
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture, error: Exception
+) -> None:
+    use_model(monkeypatch, error)
+    await client.post("/predict", json=LEGIT)
+    assert f"The model failed: {type(error).__name__}" in logged(caplog)
+    assert "Traceback" in logged(caplog)
 
 
 async def test_a_simulated_failure_is_logged_without_a_traceback(
     client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(app.settings, "FAILURE_RATE", 1)
-    with counted(predictions=1, model_failure=1, model_calls=1):
+    with counts_exactly(predictions=1, model_failure=1, model_calls=1):
         await client.post("/predict", json=LEGIT)
-    (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
-    assert "FAILURE_RATE is 1" in record.getMessage()
-    assert not record.exc_info
+    assert logged(caplog).endswith("The model failed: SimulatedError")
+
+
+async def test_the_same_error_raised_again_is_logged_at_the_same_length(
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    """As by a model that could not be loaded, and raises the reason on each call."""
+    monkeypatch.setattr(app, "infer", AsyncMock(side_effect=RuntimeError("no model")))
+    lengths = set()
+    for _ in range(10):
+        caplog.clear()
+        await client.post("/predict", json=LEGIT)
+        lengths.add(len(logged(caplog)))
+    assert len(lengths) == 1
 
 
 class BadInput(NamedTuple):
@@ -356,29 +356,48 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize("send", [bytes, chunks], ids=["with its length", "in chunks"])
+async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
+    """A body that is sent without its length."""
+    for start in range(0, len(body), 1024):
+        yield body[start : start + 1024]
+
+
+@pytest.mark.parametrize("send", [bytes, in_chunks], ids=["with its length", "in chunks"])
 @pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)
 async def test_bad_input_is_refused_and_counted(
     client: AsyncClient, bad: BadInput, send: Callable[[bytes], Any]
 ) -> None:
-    with counted(predictions=1, invalid_input=1):
+    with counts_exactly(predictions=1, invalid_input=1):
         answer = await client.post("/predict", content=send(bad.body), headers=bad.headers)
     assert answer.status_code == bad.status
     assert bad.says in answer.text
 
 
+@pytest.mark.parametrize("send", [bytes, in_chunks], ids=["with its length", "in chunks"])
+async def test_a_body_of_4_kib_is_read(client: AsyncClient, send: Callable[[bytes], Any]) -> None:
+    answer = await client.post("/predict", content=send(FOUR_KIB), headers=JSON)
+    assert answer.status_code == 200
+
+
 async def test_a_deeply_nested_body_is_refused_and_counted(client: AsyncClient) -> None:
     """How deep a body is too deep depends on Python."""
-    with counted(predictions=1, invalid_input=1):
+    with counts_exactly(predictions=1, invalid_input=1):
         answer = await client.post("/predict", content=b"[" * 4_000, headers=JSON)
     assert answer.status_code in (400, 422)
 
 
-async def test_a_422_does_not_repeat_the_input(client: AsyncClient) -> None:
-    answer = await client.post("/predict", content=b'{"amount": NaN}', headers=JSON)
-    (error,) = answer.json()["detail"]
-    assert error.keys() == {"type", "loc", "msg"}
-    assert error["loc"] == ["body", "amount"]
+async def test_a_422_names_each_wrong_field_and_repeats_no_input(client: AsyncClient) -> None:
+    body = b'{"amount": NaN, "international": "yes"}'
+    answer = await client.post("/predict", content=body, headers=JSON)
+    wrong = answer.json()["detail"]
+    assert [one["loc"] for one in wrong] == [["body", "amount"], ["body", "international"]]
+    assert all(one.keys() == {"type", "loc", "msg"} for one in wrong)
+
+
+async def test_the_documentation_names_each_status(client: AsyncClient) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    documented = {int(status) for status in schema["paths"]["/predict"]["post"]["responses"]}
+    assert documented == {200, 500} | {bad.status for bad in BAD_INPUT.values()}
 
 
 @pytest.fixture
@@ -406,38 +425,28 @@ def added_routes() -> Iterator[None]:
         pytest.param("POST", "/feedback", b"{}", 422, id="body"),
         pytest.param("POST", "/feedback", b"\xff", 400, id="not UTF-8"),
         pytest.param("POST", "/feedback", FOUR_KIB + b" ", 413, id="over 4 KiB"),
+        pytest.param("GET", "/no", b"", 404, id="no such path"),
+        pytest.param("GET", "/predict", b"", 405, id="no such method"),
     ],
 )
-async def test_bad_input_to_another_route_is_not_counted(
+async def test_what_is_no_request_for_a_prediction_is_not_counted(
     client: AsyncClient, method: str, path: str, body: bytes, status: int
 ) -> None:
-    client.event_hooks = {}  # The documentation does not know these routes.
-    with counted():
+    with counts_exactly():
         answer = await client.request(method, path, content=body, headers=JSON)
     assert answer.status_code == status
 
 
-@pytest.mark.parametrize(("path", "status"), [("/no", 404), ("/predict", 405)])
-async def test_a_path_or_method_that_is_not_there_is_not_counted(
-    client: AsyncClient, path: str, status: int
-) -> None:
-    with counted():
-        assert (await client.get(path)).status_code == status
-
-
 async def test_health_answers_and_is_not_counted(client: AsyncClient) -> None:
-    with counted():
+    with counts_exactly():
         answer = await client.get("/health")
     assert answer.json() == {"status": "ok"}
 
 
 async def test_the_root_leads_to_the_documentation(client: AsyncClient) -> None:
-    assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
-
-
-async def test_the_documentation_fills_in_an_example(client: AsyncClient) -> None:
-    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
-    assert schemas["Transaction"]["properties"]["amount"]["examples"] == [LEGIT["amount"]]
+    answer = await client.get("/", follow_redirects=True)
+    assert answer.status_code == 200
+    assert "swagger" in answer.text
 
 
 async def test_metrics_have_the_content_type_that_prometheus_expects(client: AsyncClient) -> None:
@@ -447,12 +456,6 @@ async def test_metrics_have_the_content_type_that_prometheus_expects(client: Asy
 
 async def test_metrics_have_no_created_series(client: AsyncClient) -> None:
     assert "_created" not in (await client.get("/metrics")).text
-
-
-async def test_help_texts_are_sentences(client: AsyncClient) -> None:
-    helps = re.findall(r"^# HELP ml_\w+ (.+)$", (await client.get("/metrics")).text, re.MULTILINE)
-    assert len(helps) >= 5
-    assert all(re.fullmatch(r"[A-Z].+\.", text) for text in helps)
 
 
 # ------------------------------------------------------------------- Settings
@@ -474,10 +477,8 @@ async def test_help_texts_are_sentences(client: AsyncClient) -> None:
 )
 def test_a_bad_setting_stops_the_start(monkeypatch: MonkeyPatch, name: str, given: str) -> None:
     monkeypatch.setenv(name, given)
-    allowed = app.Settings.model_fields[name].description
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=rf"^{name}='{given}': \w[^\n]+$"):
         runpy.run_path(str(FOLDER / "app.py"))
-    assert stop.value.code == f"{name} must be {allowed}, not {given!r}"
 
 
 @pytest.mark.parametrize(
@@ -496,14 +497,11 @@ def test_a_good_setting_is_taken(name: str, given: str, meant: object) -> None:
 # ---------------------------------------------------- The service as a process
 
 
-def dockerfile() -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile and what follows them."""
-    lines = read("Dockerfile").replace("\\\n", "").splitlines()
-    parts = [line.partition(" ") for line in lines if line and not line.startswith("#")]
-    return [(instruction, rest.strip()) for instruction, _, rest in parts]
-
-
-COMMAND: list[str] = json.loads(dict(dockerfile())["CMD"])
+def command() -> list[str]:
+    """What the image starts, to be run here."""
+    match = re.search(r"^CMD (\[.+?\])$", read("Dockerfile"), re.MULTILINE | re.DOTALL)
+    assert match, "the Dockerfile has no CMD [...]"
+    return [sys.executable, "-m", *json.loads(match[1].replace("\\\n", ""))]
 
 
 class Service(NamedTuple):
@@ -518,52 +516,52 @@ class Service(NamedTuple):
         connection.sendall(request)
         return connection
 
-    def metric(self, line: str) -> float:
-        """What /metrics says in the line that begins like this."""
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        lines = httpx.get(url, trust_env=False, timeout=60).text.splitlines()
-        (value,) = (one.rpartition(" ")[2] for one in lines if one.startswith(line))
-        return float(value)
+    def samples(self) -> dict[tuple[str, str | None], float]:
+        """What /metrics says of this version, by name and reason."""
+        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", trust_env=False, timeout=60).text
+        return {
+            (sample.name, sample.labels.get("reason")): sample.value
+            for metric in text_string_to_metric_families(text)
+            for sample in metric.samples
+            if sample.labels.get("model_name") == "m" and sample.labels.get("version") == "v9"
+        }
 
-    def wait_for(self, line: str, value: float) -> None:
-        """Wait until /metrics says so."""
-        deadline = time.monotonic() + 60
-        while self.metric(line) != value:
-            assert time.monotonic() < deadline, f"{line} is not {value}"
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Give a process some time for something."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.fixture
 def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
-    """The service as the Dockerfile starts it, but on a free port of this machine only."""
+    """The service as the image starts it, but on a free port of this machine only."""
     monkeypatch.setenv("FAILURE_RATE", "0")
     monkeypatch.setenv("MODEL_LATENCY_SECONDS", "1")
     monkeypatch.setenv("MODEL_NAME", "m")
     monkeypatch.setenv("MODEL_VERSION", "v9")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def is_up() -> bool:
+        assert process.poll() is None, "the service ended"
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", port)) == 0
+
     with subprocess.Popen(
-        [sys.executable, "-m", *COMMAND, "--host", "127.0.0.1", "--port", "0"],
+        [*command(), "--host", "127.0.0.1", "--port", str(port)],
         cwd=FOLDER,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         try:
-            assert process.stdout
-            port = None
-            while port is None:
-                line = process.stdout.readline()
-                assert line, "the service ended before it listened"
-                port = re.search(r"http://127.0.0.1:(\d+)", line)
-            yield Service(process, int(port[1]))
+            wait_until(is_up, "the service does not listen")
+            yield Service(process, port)
         finally:
-            process.kill()
-
-
-def test_a_bad_setting_ends_the_process_with_one_line(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setenv("FAILURE_RATE", "2")
-    command = [sys.executable, "-m", *COMMAND]
-    run = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert run.stdout + run.stderr == "FAILURE_RATE must be from 0 to 1, not '2'\n"
+            process.terminate()
 
 
 # Without its last empty line, as a test may add headers.
@@ -572,37 +570,42 @@ REQUEST = (
 )
 
 
+def test_bad_settings_end_the_process_with_a_line_each(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("FAILURE_RATE", "2")
+    monkeypatch.setenv("MODEL_NAME", "")
+    run = subprocess.run(command(), cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout + run.stderr == (
+        "FAILURE_RATE='2': Input should be less than or equal to 1\n"
+        "MODEL_NAME='': String should have at least 1 character\n"
+    )
+
+
 def test_every_series_starts_at_0(service: Service) -> None:
-    """And it has the labels that the settings ask for."""
-    labels = 'model_name="m",version="v9"'
+    samples = service.samples()
     for series in (
-        f"ml_predictions_total{{{labels}}}",
-        'ml_prediction_errors_total{model_name="m",reason="invalid_input",version="v9"}',
-        'ml_prediction_errors_total{model_name="m",reason="model_failure",version="v9"}',
-        f"ml_predictions_in_progress{{{labels}}}",
-        f"ml_prediction_duration_seconds_count{{{labels}}}",
-        f"ml_prediction_score_count{{{labels}}}",
+        ("ml_predictions_total", None),
+        ("ml_prediction_errors_total", "invalid_input"),
+        ("ml_prediction_errors_total", "model_failure"),
+        ("ml_predictions_in_progress", None),
+        ("ml_prediction_duration_seconds_count", None),
+        ("ml_prediction_score_count", None),
     ):
-        assert service.metric(series) == 0
+        assert samples[series] == 0
 
 
 def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> None:
+    bad_input = ("ml_prediction_errors_total", "invalid_input")
     service.connect(REQUEST + b'\r\n{"amount"').close()
-    service.wait_for('ml_prediction_errors_total{model_name="m",reason="invalid_input"', 1)
-    assert service.metric("ml_predictions_total") == 1
-
-
-def test_a_request_that_offers_an_upgrade_is_answered(service: Service) -> None:
-    """uvicorn loses the body of such a request."""
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
-    with service.connect(REQUEST + upgrade + b'\r\n{"amount"') as connection:
-        assert connection.recv(1024).startswith(b"HTTP/1.1 422")
+    wait_until(lambda: service.samples()[bad_input] == 1, "it is not counted")
+    assert service.samples()["ml_predictions_total", None] == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
+    in_progress = ("ml_predictions_in_progress", None)
     with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
-        service.wait_for("ml_predictions_in_progress", 1)
+        wait_until(lambda: service.samples()[in_progress] == 1, "it is not in progress")
         service.process.send_signal(signal.SIGTERM)
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
     assert service.process.wait(timeout=60) in (0, -signal.SIGTERM)
@@ -611,464 +614,249 @@ def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
 def test_requests_are_not_logged(service: Service) -> None:
     with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
-    service.process.kill()
+    service.process.terminate()
     assert service.process.stdout
     assert "POST" not in service.process.stdout.read()
 
 
-# ---------------------------------------------------------------- The traffic
+def test_python_starts_it_on_this_machine_only() -> None:
+    """Of uvicorn, this prints what it is asked to do."""
+    script = (
+        "import runpy, uvicorn; uvicorn.run = print; runpy.run_path('app.py', None, '__main__')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=FOLDER, capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"<fastapi\S* \S+ at \w+>\n", run.stdout), run.stdout + run.stderr
 
 
-COMPOSE = yaml.safe_load(read("docker-compose.yml"))
-SERVICES = COMPOSE["services"]
-
-
-def config(name: str) -> str:
-    """An inline file of docker-compose.yml, as the containers see it."""
-    content: str = COMPOSE["configs"][name]["content"]
-    return content.replace("$$", "$")
-
-
-LoadTraffic = Callable[..., dict[str, Any]]
+# -------------------------------------------------------------- The customers
 
 
 @pytest.fixture
-def load_traffic(monkeypatch: MonkeyPatch) -> LoadTraffic:
-    """Gives the names in the traffic's script, which is not started."""
+def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., Any]:
+    """Gives the script of the customers as a module, with settings, but does not start it."""
 
-    def load(rate: str = "30", amount: str = "50") -> dict[str, Any]:
-        monkeypatch.setenv("TRAFFIC_RATE", rate)
-        monkeypatch.setenv("TRAFFIC_AMOUNT", amount)
-        script: dict[str, Any] = {"__name__": "traffic"}
-        exec(config("traffic"), script)  # noqa: S102
-        return script
+    def load(**settings: str) -> ModuleType:
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        spec = importlib.util.spec_from_file_location("traffic", FOLDER / ".traffic.py")
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
     return load
 
 
-@pytest.mark.parametrize(
-    ("amount", "least", "most"),
-    [
-        pytest.param("50", 0.01, 0.05, id="usual"),
-        pytest.param("500", 0.3, 0.5, id="drift"),
-    ],
-)
-async def test_the_amount_of_the_traffic_decides_how_much_is_fraud(
-    client: AsyncClient,
-    load_traffic: LoadTraffic,
-    amount: str,
-    least: float,
-    most: float,
-) -> None:
-    make_body = load_traffic(amount=amount)["make_body"]
+def test_the_largest_amount_of_the_customers_is_valid(load_traffic: Callable[..., Any]) -> None:
+    traffic = load_traffic(TRAFFIC_AMOUNT="1000000")
     random.seed(1)
-    before = counts()
-    for _ in range(2_000):
-        await client.post("/predict", json=make_body())
-    new = counts() - before
-    assert 0.01 < new["invalid_input"] / 2_000 < 0.03, "malformed"
-    assert least < 1 - new["legit_scores"] / new["scores"] < most
-
-
-def test_the_largest_amount_of_the_traffic_is_valid(
-    load_traffic: LoadTraffic,
-) -> None:
-    make_body = load_traffic(amount="1000000")["make_body"]
-    random.seed(1)
-    bodies = [make_body() for _ in range(100)]
+    bodies = [traffic.make_body() for _ in range(100)]
     transactions = [app.Transaction(**body) for body in bodies if body != "malformed"]
     assert max(transaction.amount for transaction in transactions) == 1_000_000
 
 
 @pytest.fixture
 def two_replicas(monkeypatch: MonkeyPatch) -> None:
-    """DNS knows two replicas, and the traffic sends at once."""
-    dns = {"model-api": ("model-api", [], ["10.0.0.1", "10.0.0.2"])}
+    """DNS knows two replicas."""
+    dns: dict[str, object] = {"model-api": ("model-api", [], ["10.0.0.1", "10.0.0.2"])}
     monkeypatch.setattr(socket, "gethostbyname_ex", dns.__getitem__)
-    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
 
 
 @pytest.mark.usefixtures("two_replicas")
-async def test_the_traffic_goes_to_all_replicas(
-    client: AsyncClient, load_traffic: LoadTraffic
+async def test_the_customers_are_answered_by_all_replicas(
+    client: AsyncClient, load_traffic: Callable[..., Any]
 ) -> None:
-    addresses = Counter[str]()
+    addresses = []
 
-    async def on_request(request: httpx.Request) -> None:
-        addresses[f"{request.url.host}:{request.url.port}"] += 1
+    async def on_response(response: httpx.Response) -> None:
+        addresses.append(f"{response.url.host}:{response.url.port}")
+        assert response.status_code in (200, 422)
 
-    client.event_hooks = {"request": [on_request]}
-    send = load_traffic()["send"]
+    client.event_hooks = {"response": [on_response]}
+    send = load_traffic().send
+    random.seed(1)
     for _ in range(200):
         await send(client)
-    assert addresses.keys() == {"10.0.0.1:8000", "10.0.0.2:8000"}
-    assert min(addresses.values()) > 50
+    assert len(addresses) == 200
+    assert addresses.count("10.0.0.1:8000") == approx(100, abs=30)
+    assert addresses.count("10.0.0.2:8000") == approx(100, abs=30)
 
 
 @pytest.mark.usefixtures("two_replicas")
-async def test_the_traffic_is_spread_over_each_second(
-    client: AsyncClient, load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [OSError(), httpx.ConnectError(""), httpx.ReadTimeout("")], ids=repr
+)
+async def test_the_customers_outlive_a_service_that_is_away(
+    client: AsyncClient, load_traffic: Callable[..., Any], error: Exception
 ) -> None:
-    sleep = AsyncMock()
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    send = load_traffic()["send"]
-    for _ in range(10):
-        await send(client)
-    waits = {call.args[0] for call in sleep.await_args_list} - {0}  # The model waits for 0 s.
-    assert len(waits) == 10
-    assert 0 < min(waits) < max(waits) < 1
+    on_request = AsyncMock(side_effect=error)
+    client.event_hooks = {"request": [on_request]}
+    await load_traffic().send(client)
+    on_request.assert_awaited_once()
 
 
 @pytest.mark.usefixtures("two_replicas")
-@pytest.mark.parametrize("error", [OSError(), httpx.ConnectError(""), httpx.ReadTimeout("")])
-async def test_the_traffic_outlives_a_service_that_is_away(
-    client: AsyncClient, load_traffic: LoadTraffic, error: Exception
+async def test_the_customers_give_up_a_request_that_hangs(
+    client: AsyncClient, load_traffic: Callable[..., Any], monkeypatch: MonkeyPatch
 ) -> None:
-    client.event_hooks = {"request": [AsyncMock(side_effect=error)]}
-    await load_traffic()["send"](client)
-    client.event_hooks["request"][0].assert_awaited_once()
+    """Otherwise the requests would pile up."""
+    traffic = load_traffic()
+    monkeypatch.setattr(traffic, "TIMEOUT_SECONDS", 0.01)
+    use_hanging_model(monkeypatch)
+    await asyncio.wait_for(traffic.send(client), timeout=60)
 
 
-async def test_the_traffic_gives_up_a_request_that_hangs(
-    load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
+async def test_the_customers_keep_their_rate_and_do_not_wait_for_answers(
+    load_traffic: Callable[..., Any], monkeypatch: MonkeyPatch
 ) -> None:
-    """Otherwise they would pile up, as they do where DNS hangs."""
-    timeout = asyncio.timeout
-    given = []
+    traffic = load_traffic(TRAFFIC_RATE="9")
+    sent, rates = [], []
 
-    def at_once(seconds: float) -> asyncio.Timeout:
-        given.append(seconds)
-        return timeout(0)
+    def no_gap(rate: float) -> float:
+        rates.append(rate)
+        return 0
 
-    async def hang(*_: object) -> None:
-        await asyncio.get_running_loop().create_future()
+    async def send(client: AsyncClient) -> None:
+        sent.append(client)
+        if len(sent) == 100:
+            raise InterruptedError
+        await asyncio.sleep(3600)
 
-    send = load_traffic()["send"]
-    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
-    monkeypatch.setattr(asyncio, "timeout", at_once)
-    monkeypatch.setattr(asyncio, "to_thread", hang)
-    await asyncio.wait_for(send(None), timeout=60)
-    assert given == [5]
-
-
-async def test_the_traffic_does_not_wait_for_answers(
-    load_traffic: LoadTraffic, monkeypatch: MonkeyPatch
-) -> None:
-    script = load_traffic(rate="9")
-    script["send"] = send = AsyncMock()
-    monkeypatch.setattr(asyncio, "sleep", AsyncMock(side_effect=[None, None]))
-    with pytest.raises(ExceptionGroup):  # The mock sleeps twice, and no more.
-        await script["main"]()
-    assert send.call_count == 3 * 9
-    assert send.await_count == 0
-    asyncio.sleep.assert_awaited_with(1)
+    monkeypatch.setattr(traffic, "send", send)
+    monkeypatch.setattr(random, "expovariate", no_gap)
+    with pytest.raises(ExceptionGroup):
+        await asyncio.wait_for(traffic.main(), timeout=60)
+    assert set(rates) == {9}
 
 
 @pytest.mark.parametrize(
-    ("rate", "amount"),
+    ("name", "given"),
     [
-        pytest.param("0", "50", id="no rate"),
-        pytest.param("201", "50", id="rate too high"),
-        pytest.param("", "50", id="empty rate"),
-        pytest.param("9" * 5_000, "50", id="5,000 digits"),
-        pytest.param("30", "0", id="no amount"),
-        pytest.param("30", "1000001", id="amount too high"),
+        ("TRAFFIC_RATE", "0"),
+        ("TRAFFIC_RATE", "201"),
+        ("TRAFFIC_RATE", ""),
+        ("TRAFFIC_AMOUNT", "0"),
+        ("TRAFFIC_AMOUNT", "1000001"),
     ],
 )
-def test_a_bad_setting_stops_the_traffic(load_traffic: LoadTraffic, rate: str, amount: str) -> None:
-    with pytest.raises(SystemExit, match="from 1 to 200, and TRAFFIC_AMOUNT one from 1 to 1000000"):
-        load_traffic(rate, amount)
+def test_a_bad_setting_stops_the_customers(
+    load_traffic: Callable[..., Any], name: str, given: str
+) -> None:
+    with pytest.raises(SystemExit, match=rf"^{name}='{given}': \w[^\n]+$"):
+        load_traffic(**{name: given})
 
 
-# ------------------------------------------------------------------ The stack
+# ------------------------------------------------------- The files around them
 
-
+README = read("README.md")
 PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
-SCRAPE = {scrape["job_name"]: scrape for scrape in PROMETHEUS["scrape_configs"]}
-(DATA_SOURCE,) = yaml.safe_load(config("datasource"))["datasources"]
-(PROVIDER,) = yaml.safe_load(config("dashboard-provider"))["providers"]
-DASHBOARD = json.loads(config("dashboard"))
-GRAFANA: dict[str, object] = SERVICES["grafana"]["environment"]
+(RULE_GROUP,) = yaml.safe_load(read(".prometheus/rules.yml"))["groups"]
+ALERTS = {rule["alert"]: rule for rule in RULE_GROUP["rules"] if "alert" in rule}
+DATA_SOURCES = yaml.safe_load(read(".grafana/datasources/prometheus.yml"))["datasources"]
+DASHBOARD = json.loads(read(".grafana/dashboards/fraud-model.json"))
+PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
+MARKS = {mark["name"]: mark for mark in DASHBOARD["annotations"]["list"]}
+SERVICES = yaml.safe_load(read("docker-compose.yml"))["services"]
 
 
-def mounted(service: str) -> dict[str, str]:
-    """Where a service finds its inline files."""
-    return {mount["source"]: mount["target"] for mount in SERVICES[service]["configs"]}
+def environment(service: str) -> set[str]:
+    """The variables that Compose gives to a service."""
+    return {variable.partition("=")[0] for variable in SERVICES[service]["environment"]}
 
 
-@pytest.mark.parametrize("name", COMPOSE["configs"])
-def test_compose_finds_nothing_to_replace_in_an_inline_file(name: str) -> None:
-    content = COMPOSE["configs"][name]["content"]
-    assert "$" not in content.replace("$$", ""), "Compose would replace a single $"
+def test_compose_passes_each_setting_on(load_traffic: Callable[..., Any]) -> None:
+    assert {*app.Settings.model_fields} <= environment("model-api")
+    assert {*load_traffic().Settings.model_fields} <= environment("traffic")
 
 
-@pytest.mark.parametrize("name", COMPOSE["configs"])
-def test_an_inline_file_is_mounted(name: str) -> None:
-    assert any(name in mounted(service) for service in SERVICES if "configs" in SERVICES[service])
-
-
-def test_the_service_gets_its_settings() -> None:
-    assert {*app.Settings.model_fields} <= {*SERVICES["model-api"]["environment"]}
-
-
-def test_the_service_runs_what_is_saved() -> None:
-    assert SERVICES["model-api"]["pull_policy"] == "build"
-    watched = SERVICES["model-api"]["develop"]["watch"]
-    assert {"action": "rebuild", "path": "app.py"} in watched
-    assert {"action": "rebuild", "path": "requirements.txt"} in watched
-
-
-def test_the_log_of_the_service_is_rotated() -> None:
-    assert SERVICES["model-api"]["logging"] == {"driver": "local"}
-
-
-def test_the_service_listens_where_docker_and_prometheus_ask() -> None:
-    assert COMMAND[:4] == ["uvicorn", "app:app", "--host", "0.0.0.0"]
-    assert "--port" not in COMMAND, "uvicorn's own is 8000"
-    assert SERVICES["model-api"]["ports"][0].endswith(":8000")
-    assert "http://127.0.0.1:8000/health" in dict(dockerfile())["HEALTHCHECK"]
-
-
-def test_a_start_is_seen_within_a_second() -> None:
-    assert "--start-period=30s" in dict(dockerfile())["HEALTHCHECK"]
-    assert "--start-interval=1s" in dict(dockerfile())["HEALTHCHECK"]
-
-
-def test_requests_in_flight_end_before_docker_kills() -> None:
-    assert 0 < int(COMMAND[COMMAND.index("--timeout-graceful-shutdown") + 1]) < 10
-
-
-def test_the_service_is_no_root_and_cannot_write_its_code() -> None:
-    instructions = dockerfile()
-    assert ("USER", "app") in instructions[instructions.index(("COPY", ". .")) :]
-    assert [rest for name, rest in instructions if name == "COPY"] == ["requirements.txt .", ". ."]
-
-
-PORTS = [port for service in SERVICES.values() for port in service.get("ports", [])]
+PORTS = [
+    port if isinstance(port, str) else f"{port.get('host_ip')}:{port.get('published')}"
+    for service in SERVICES.values()
+    for port in service.get("ports", [])
+]
 
 
 @pytest.mark.parametrize("port", PORTS)
 def test_a_port_is_open_to_this_machine_only(port: str) -> None:
-    assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z]+_PORT:-(\d+)\}:\1", port)
+    assert port.startswith(("127.0.0.1:", "[::1]:", "::1:"))
 
 
-IMAGES = [service["image"] for service in SERVICES.values() if "image" in service]
+def service_discovery() -> dict[str, Any]:
+    """How Prometheus finds the service."""
+    (job,) = (job for job in PROMETHEUS["scrape_configs"] if job["job_name"] == "model-api")
+    (discovery,) = job["dns_sd_configs"]
+    return dict(discovery)
 
 
-@pytest.mark.parametrize("image", [dict(dockerfile())["FROM"], *IMAGES])
-def test_an_image_is_pinned(image: str) -> None:
-    assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+(\.\d+|-slim)", image)
+def test_the_service_is_asked_where_it_listens() -> None:
+    assert "--port" not in command(), "uvicorn's own is 8000"
+    assert service_discovery()["port"] == 8000
+    assert "http://127.0.0.1:8000/health" in read("Dockerfile")
 
 
-@pytest.mark.parametrize("package", read("requirements.txt").split())
-def test_a_package_is_pinned(package: str) -> None:
-    assert re.fullmatch(r"[a-z\[\]-]+==[\d.]+", package)
+def test_requests_in_flight_end_before_docker_kills() -> None:
+    """Docker waits for 10 s."""
+    assert 0 < int(command()[command().index("--timeout-graceful-shutdown") + 1]) < 10
 
 
-def test_prometheus_finds_each_replica() -> None:
-    (discovery,) = SCRAPE["model-api"]["dns_sd_configs"]
-    assert discovery["names"] == ["model-api"]
-    assert discovery["type"] == "A"
-    assert discovery["port"] == 8000
+def data_source() -> dict[str, Any]:
+    """The data source that a panel asks if it names none."""
+    (default,) = (source for source in DATA_SOURCES if source.get("isDefault"))
+    return dict(default)
 
 
-def test_prometheus_reads_its_files_and_keeps_its_data() -> None:
-    assert "--config.file=/etc/prometheus/prometheus.yml" in SERVICES["prometheus"]["command"]
-    assert "--storage.tsdb.path=/prometheus" in SERVICES["prometheus"]["command"]
-    volumes = SERVICES["prometheus"]["volumes"]
-    assert "./prometheus.yml:/etc/prometheus/prometheus.yml:ro" in volumes
-    assert "prometheus-data:/prometheus" in volumes
-    assert PROMETHEUS["rule_files"] == ["rules.yml"]
-    assert mounted("prometheus")["rules"] == "/etc/prometheus/rules.yml"
+def test_everything_keeps_one_pace() -> None:
+    paces = {
+        "a scrape": PROMETHEUS["global"]["scrape_interval"],
+        "the rules": PROMETHEUS["global"]["evaluation_interval"],
+        "a look for replicas": service_discovery()["refresh_interval"],
+        "a step of a chart": data_source()["jsonData"]["timeInterval"],
+        "the dashboard": DASHBOARD["refresh"],
+    }
+    assert len({*paces.values()}) == 1, paces
 
 
-def test_everything_keeps_the_pace_of_5_seconds() -> None:
-    (discovery,) = SCRAPE["model-api"]["dns_sd_configs"]
-    assert PROMETHEUS["global"] == {"scrape_interval": "5s", "evaluation_interval": "5s"}
-    assert discovery["refresh_interval"] == "5s"
-    assert DATA_SOURCE["jsonData"]["timeInterval"] == "5s"
-    assert DASHBOARD["refresh"] == "5s"
-
-
-def test_a_container_that_is_gone_is_forgotten_after_three_scrapes() -> None:
-    assert "--query.lookback-delta=15s" in SERVICES["prometheus"]["command"]
-
-
-def test_the_rules_are_tested_by_the_prometheus_that_runs_them() -> None:
-    tests = SERVICES["rule-tests"]
-    assert tests["image"] == SERVICES["prometheus"]["image"]
-    assert (tests["entrypoint"], tests["command"]) == ("promtool", "test rules rules_test.yml")
-    assert f"./.ci/rules_test.yml:{tests['working_dir']}/rules_test.yml:ro" in tests["volumes"]
-    assert mounted("rule-tests")["rules"] == f"{tests['working_dir']}/rules.yml"
-    assert tests["network_mode"] == "none"
-
-
-@pytest.mark.parametrize(("service", "profile"), [("traffic", "traffic"), ("rule-tests", "test")])
-def test_a_service_starts_only_when_asked(service: str, profile: str) -> None:
-    assert SERVICES[service]["profiles"] == [profile]
-
-
-def test_the_traffic_runs_its_script() -> None:
-    assert SERVICES["traffic"]["command"] == ["python", "traffic.py"]
-    assert mounted("traffic")["traffic"] == "/app/traffic.py"
-    assert SERVICES["traffic"]["init"] is True, "Python as process 1 does not hear SIGTERM"
-
-
-def test_the_traffic_is_healthy_when_it_reaches_the_service() -> None:
-    assert "http://model-api:8000/health" in SERVICES["traffic"]["healthcheck"]["test"][-1]
-
-
-def test_grafana_finds_its_files_and_keeps_its_data() -> None:
-    files = mounted("grafana")
-    assert files["datasource"].startswith("/etc/grafana/provisioning/datasources/")
-    assert files["dashboard-provider"].startswith("/etc/grafana/provisioning/dashboards/")
-    assert files["dashboard"].startswith(PROVIDER["options"]["path"] + "/")
-    assert "grafana-data:/var/lib/grafana" in SERVICES["grafana"]["volumes"]
-
-
-def test_grafana_asks_prometheus() -> None:
-    assert (DATA_SOURCE["type"], DATA_SOURCE["url"]) == ("prometheus", "http://prometheus:9090")
-    assert DATA_SOURCE["isDefault"] is True, "the panels name none"
-
-
-def test_grafana_needs_no_login_and_lets_panels_be_saved() -> None:
-    assert GRAFANA["GF_AUTH_ANONYMOUS_ENABLED"] is True
-    assert GRAFANA["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Editor"
-    assert GRAFANA["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] is True, "no admin with a password"
-    assert PROVIDER["allowUiUpdates"] is True
-
-
-def test_grafana_starts_with_the_dashboard_as_it_was_saved() -> None:
-    assert GRAFANA["GF_USERS_HOME_PAGE"] == f"/d/{DASHBOARD['uid']}"
-
-
-def test_grafana_does_not_go_to_the_internet() -> None:
-    assert GRAFANA["GF_PLUGINS_PREINSTALL_DISABLED"] is True
-    assert GRAFANA["GF_ANALYTICS_CHECK_FOR_UPDATES"] is False
-    assert GRAFANA["GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES"] is False
-    assert GRAFANA["GF_ANALYTICS_REPORTING_ENABLED"] is False
-
-
-# ------------------------------------------------------------------ The rules
-
-
-RULES = yaml.safe_load(config("rules"))["groups"][0]["rules"]
-RECORDED = {rule["record"] for rule in RULES if "record" in rule}
-ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
-
-needs_promtool = pytest.mark.skipif(
-    not shutil.which("promtool"),
-    reason="promtool is not here; in Docker: docker compose run --rm rule-tests",
-)
-
-
-def promtool(*command: str | Path) -> None:
-    """Run Prometheus's own tool, which must find nothing wrong."""
-    run = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
-@pytest.fixture
-def prometheus_folder(tmp_path: Path) -> Path:
-    """The files that Prometheus and the tests of its rules read, side by side."""
-    (tmp_path / "rules.yml").write_text(config("rules"), encoding="utf-8")
-    shutil.copy(FOLDER / "prometheus.yml", tmp_path)
-    shutil.copy(FOLDER / ".ci/rules_test.yml", tmp_path)
-    return tmp_path
-
-
-@needs_promtool
-def test_the_rules_pass_their_own_tests(prometheus_folder: Path) -> None:
-    promtool("test", "rules", prometheus_folder / "rules_test.yml")
-
-
-@needs_promtool
-def test_prometheus_takes_its_configuration(prometheus_folder: Path) -> None:
-    promtool("check", "config", prometheus_folder / "prometheus.yml")
+def test_grafana_starts_with_the_dashboard() -> None:
+    home = SERVICES["grafana"]["environment"]["GF_USERS_HOME_PAGE"]
+    assert home == f"/d/{DASHBOARD['uid']}"
 
 
 def limit(alert: str) -> float:
-    """The number that an alert compares with."""
-    return float(ALERTS[alert]["expr"].rpartition(">")[2].strip(" ()\n"))
+    """The number that an alert compares with first."""
+    match = re.search(r">\s*([\d.]+)", ALERTS[alert]["expr"])
+    assert match, f"{alert} compares with no number"
+    return float(match[1])
 
 
-def test_the_limit_of_the_latency_is_the_boundary_of_a_bucket() -> None:
-    """So the share of calls that keep it is exact."""
-    boundary = {**LABELS, "le": str(limit("HighLatency"))}
-    assert REGISTRY.get_sample_value("ml_prediction_duration_seconds_bucket", boundary) is not None
+def boundaries(metric: str) -> list[float]:
+    """Where the buckets of a histogram end, without infinity."""
+    (found,) = (one for one in REGISTRY.collect() if one.name == metric)
+    ends = [float(sample.labels["le"]) for sample in found.samples if "le" in sample.labels]
+    return [end for end in ends if end < math.inf]
 
 
-# -------------------------------------------------------------- The dashboard
+def test_the_buckets_of_the_duration_suit_its_alert() -> None:
+    """One ends at the limit, so the share of calls within it is exact. A p95 can be on both sides."""
+    ends = boundaries("ml_prediction_duration_seconds")
+    assert limit("HighLatency") in ends
+    assert max(ends) > limit("HighLatency")
+    assert len([end for end in ends if end < limit("HighLatency")]) >= 3
 
 
-PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
-
-FAILURES = "version:ml_prediction_failures_per_call:ratio_rate30s"
-P95 = "version:ml_prediction_duration_seconds:p95_rate30s"
-FRAUD = "version:ml_prediction_score:fraud_ratio_rate30s"
-BUCKETS = "le:ml_prediction_duration_seconds_bucket:rate30s"
-MEAN = "all:ml_prediction_duration_seconds:mean_rate30s"
+def test_the_buckets_of_the_score_show_how_it_is_spread() -> None:
+    ends = boundaries("ml_prediction_score")
+    assert app.THRESHOLD in ends
+    assert len(ends) >= 5
 
 
-@pytest.mark.parametrize(
-    ("title", "unit", "shown"),
-    [
-        ("Requests per second", "reqps", {"ml_predictions_total"}),
-        ("Failed calls", "percentunit", {FAILURES}),
-        ("Latency, p95", "s", {P95}),
-        ("Share of fraud", "percentunit", {FRAUD}),
-        ("Requests by version", "reqps", {"ml_predictions_total", "ml_prediction_errors_total"}),
-        ("Failed calls by version", "percentunit", {FAILURES}),
-        ("Latency, p95, by version", "s", {P95}),
-        ("Share of fraud by version", "percentunit", {FRAUD}),
-        ("In progress", None, {"ml_predictions_in_progress"}),
-        ("Versions", None, {"ml_predictions_total", "ml_prediction_score_count"}),
-        ("Memory of each replica", "bytes", {"version_instance:process_resident_memory_bytes"}),
-        ("CPU of each replica", "percentunit", {"version_instance:process_cpu_seconds:rate30s"}),
-        ("Latency of all versions", "s", {BUCKETS, MEAN}),
-        ("Predictions by score", None, {"ml_prediction_score_bucket"}),
-    ],
-)
-def test_a_panel_shows_what_its_title_says(title: str, unit: str | None, shown: set[str]) -> None:
-    panel = PANELS[title]
-    assert set().union(*(metrics_in(query["expr"]) for query in panel["targets"])) == shown
-    assert panel.get("fieldConfig", {}).get("defaults", {}).get("unit") == unit
-
-
-@pytest.mark.parametrize("title", PANELS)
-def test_a_legend_names_a_label_that_its_query_keeps(title: str) -> None:
-    for query in PANELS[title].get("targets", []):
-        for label in re.findall(r"\{\{(\w+)\}\}", query.get("legendFormat", "")):
-            by = re.findall(r"\bby\s*\(([^)]*)\)", query["expr"])
-            level = query["expr"].partition(":")[0].split("_")
-            assert label in re.findall(r"\w+", " ".join(by)) + level
-
-
-@pytest.mark.parametrize("query", PANELS["Latency of all versions"]["targets"][:3])
-def test_a_quantile_is_the_one_of_its_legend(query: dict[str, str]) -> None:
-    (quantile,) = re.findall(r"histogram_quantile\(([\d.]+)", query["expr"])
-    assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
-
-
-def test_the_table_counts_replicas_and_scores() -> None:
-    replicas, scored = PANELS["Versions"]["targets"]
-    organize = PANELS["Versions"]["transformations"][1]["options"]
-    assert replicas["expr"].startswith("count")
-    assert organize["renameByName"][f"Value #{replicas['refId']}"] == "replicas"
-    assert metrics_in(scored["expr"]) == {"ml_prediction_score_count"}
-    assert organize["renameByName"][f"Value #{scored['refId']}"] == "scored"
-
-
-def test_bad_input_has_a_line_of_its_own() -> None:
-    _, bad_input = PANELS["Requests by version"]["targets"]
-    assert bad_input["legendFormat"] == "bad input"
-    assert 'reason="invalid_input"' in bad_input["expr"]
-
-
-def steps(title: str) -> dict[str, float | None]:
-    """The thresholds of a panel, by their colours."""
-    thresholds = PANELS[title]["fieldConfig"]["defaults"]["thresholds"]["steps"]
-    return {step["color"]: step["value"] for step in thresholds}
+def red(title: str) -> float:
+    """Where a panel turns red."""
+    steps = PANELS[title]["fieldConfig"]["defaults"]["thresholds"]["steps"]
+    (value,) = (step["value"] for step in steps if step["color"] == "red")
+    return float(value)
 
 
 ALERT_OF = {
@@ -1081,76 +869,36 @@ ALERT_OF = {
 @pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
 def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
     (query,) = PANELS[title]["targets"]
-    assert metrics_in(ALERTS[alert]["expr"]) == {query["expr"]}
-    assert steps(title)["red"] == limit(alert)
+    assert query["expr"] in ALERTS[alert]["expr"]
+    assert red(title) == limit(alert)
     assert alert in PANELS[title]["description"]
 
 
-@pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
-def test_the_red_line_of_a_chart_is_always_in_view(title: str, alert: str) -> None:
-    (chart,) = (name for name in PANELS if name.startswith(title) and name.endswith("by version"))
-    custom = PANELS[chart]["fieldConfig"]["defaults"]["custom"]
-    assert steps(chart)["red"] == limit(alert)
+@pytest.mark.parametrize(
+    ("title", "alert"),
+    [
+        ("Failed calls by version", "HighErrorRatio"),
+        ("Latency, p95, by version", "HighLatency"),
+        ("Share of fraud by version", "PredictionDrift"),
+    ],
+)
+def test_the_red_line_of_a_chart_is_the_limit_and_always_in_view(title: str, alert: str) -> None:
+    custom = PANELS[title]["fieldConfig"]["defaults"]["custom"]
+    assert red(title) == limit(alert)
     assert custom["thresholdsStyle"] == {"mode": "line"}
     assert custom["axisSoftMax"] > limit(alert)
 
 
-@pytest.mark.parametrize("title", ALERT_OF)
-def test_a_tile_says_unknown_and_names_the_version(title: str) -> None:
-    assert PANELS[title]["fieldConfig"]["defaults"]["noValue"] == "unknown"
-    assert PANELS[title]["options"]["textMode"] == "value_and_name"
-    assert "unknown" in PANELS[title]["description"]
+@pytest.mark.parametrize("alert", [*ALERT_OF.values(), "ModelApiDown"])
+def test_a_firing_alert_is_marked_in_panels_that_are_there(alert: str) -> None:
+    assert MARKS[alert]["enable"]
+    assert {*MARKS[alert]["filter"]["ids"]} <= {panel["id"] for panel in PANELS.values()}
 
 
-TILES = ["Requests per second", *ALERT_OF]
-
-
-@pytest.mark.parametrize("title", TILES)
-def test_a_tile_shows_the_present(title: str) -> None:
-    assert PANELS[title]["targets"][0]["instant"] is True
-
-
-@pytest.mark.parametrize("title", TILES)
-def test_a_tile_without_data_is_grey(title: str) -> None:
-    assert steps(title)["#808080"] is None
-
-
-MARKED_IN = {
-    "HighErrorRatio": ["Failed calls by version"],
-    "HighLatency": ["Latency, p95, by version", "Latency of all versions"],
-    "PredictionDrift": ["Share of fraud by version", "Predictions by score"],
-    "ModelApiDown": ["Requests by version", "In progress"],
-}
-
-
-@pytest.mark.parametrize(("alert", "titles"), MARKED_IN.items())
-def test_a_firing_alert_is_marked_in_the_panels_that_show_its_cause(
-    alert: str, titles: list[str]
-) -> None:
-    (mark,) = (mark for mark in DASHBOARD["annotations"]["list"] if mark["name"] == alert)
-    assert f'alertname="{alert}"' in mark["target"]["expr"]
-    assert 'alertstate="firing"' in mark["target"]["expr"]
-    assert mark["filter"]["ids"] == [PANELS[title]["id"] for title in titles]
-    assert mark["datasource"]["uid"] == DATA_SOURCE["uid"]
-    assert alert in ALERTS
-
-
-def test_each_panel_has_an_id_of_its_own() -> None:
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
-    assert len(ids) == len({*ids})
-
-
-def test_no_panel_covers_another() -> None:
-    for one, other in combinations((panel["gridPos"] for panel in DASHBOARD["panels"]), 2):
-        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-        apart = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert beside or apart
-
-
-# ----------------------------------------------------------------- The README
-
-
-README = read("README.md")
+@pytest.mark.parametrize("query", PANELS["Latency of all versions"]["targets"][:3])
+def test_a_quantile_is_the_one_of_its_legend(query: dict[str, str]) -> None:
+    (quantile,) = re.findall(r"histogram_quantile\(([\d.]+)", query["expr"])
+    assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
 
 
 def table(first_column: str) -> dict[str, list[str]]:
@@ -1161,33 +909,42 @@ def table(first_column: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-@pytest.mark.parametrize("name", app.Settings.model_fields)
-def test_the_readme_describes_a_setting(name: str) -> None:
-    field = app.Settings.model_fields[name]
-    assert table("Variable")[name][:2] == [str(field.default), field.description]
-
-
-@pytest.mark.parametrize(
-    ("name", "default"), re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
-)
-def test_the_readme_describes_a_variable_of_compose(name: str, default: str) -> None:
-    assert table("Variable")[name][0] == default
-
-
-@pytest.mark.parametrize("name", table("Metric"))
-def test_a_metric_of_the_readme_exists(name: str) -> None:
-    types = {metric.name: metric.type for metric in REGISTRY.collect()}
-    assert types[name.removesuffix("_total")] == table("Metric")[name][0]
-
-
-@pytest.mark.parametrize("name", table("Alert"))
-def test_an_alert_of_the_readme_exists(name: str) -> None:
-    assert table("Alert")[name][0] == ALERTS[name]["for"]
+def test_the_readme_has_the_default_of_each_setting(load_traffic: Callable[..., Any]) -> None:
+    settings = app.Settings.model_fields | load_traffic().Settings.model_fields
+    ports = re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
+    defaults = {name: str(field.default) for name, field in settings.items()} | dict(ports)
+    assert {name: row[0] for name, row in table("Variable").items()} == defaults
 
 
 @pytest.mark.parametrize("alert", ALERT_OF.values())
-def test_the_readme_names_the_limit_of_an_alert(alert: str) -> None:
-    assert re.search(f"over ({limit(alert)} s|{limit(alert):.0%})", table("Alert")[alert][1])
+def test_the_readme_has_the_limit_of_an_alert(alert: str) -> None:
+    (row,) = (" ".join(row) for row in table("Column").values() if alert in row)
+    assert re.search(rf"over ({limit(alert)} s|{limit(alert):.0%})", row)
+
+
+# ---------------------------------------------------------------- The queries
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"),
+    reason="promtool is not here. With the stack running: docker compose exec prometheus"
+    " promtool test rules /etc/prometheus/.prometheus/rules_test.yml",
+)
+
+
+def promtool(*arguments: str | Path) -> None:
+    """Run Prometheus's own tool, which must find nothing wrong."""
+    run = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@needs_promtool
+def test_prometheus_takes_its_configuration() -> None:
+    promtool("check", "config", FOLDER / "prometheus.yml")
+
+
+@needs_promtool
+def test_the_rules_pass_their_own_tests() -> None:
+    promtool("test", "rules", FOLDER / ".prometheus/rules_test.yml")
 
 
 @needs_promtool
@@ -1195,85 +952,134 @@ def test_the_alert_that_the_class_writes_passes_its_test(tmp_path: Path) -> None
     (alert,) = re.findall(r"```yaml\n( +- alert: .+?)```", README, re.DOTALL)
     (test,) = re.findall(r"```yaml\n( +- name: .+?)```", README, re.DOTALL)
     rules = {"groups": [{"name": "class", "rules": yaml.safe_load(alert)}]}
-    tests = yaml.safe_load(read(".ci/rules_test.yml")) | {"tests": yaml.safe_load(test)}
+    tests = yaml.safe_load(read(".prometheus/rules_test.yml")) | {"tests": yaml.safe_load(test)}
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules), encoding="utf-8")
     (tmp_path / "rules_test.yml").write_text(yaml.safe_dump(tests), encoding="utf-8")
     promtool("test", "rules", tmp_path / "rules_test.yml")
 
 
-def test_the_readme_has_the_test_command() -> None:
-    assert f"\n{read('.ci/run').splitlines()[-1]}\n" in README
+# The README has a class add these.
+ADDED_SERIES = [
+    ("ml_transactions_total", {"international": "False"}),
+    ("ml_transactions_total", {"international": "True"}),
+]
+
+
+def growing_series() -> dict[str, str]:
+    """All that Prometheus gets of a v1 and a v2, at 20 a second, evenly spread over the buckets."""
+    found = [
+        (sample.name, sample.labels) for metric in REGISTRY.collect() for sample in metric.samples
+    ]
+    series = {}
+    for version in ("v1", "v2"):
+        target = {"job": "model-api", "instance": version}
+        for name, labels in [*found, *((name, LABELS | more) for name, more in ADDED_SERIES)]:
+            labels = labels | target | ({"version": version} if "version" in labels else {})
+            text = ", ".join(f"{label}={json.dumps(value)}" for label, value in labels.items())
+            step = 100 * min(1, float(labels.get("le", 1)))
+            series[f"{name}{{{text}}}"] = f"0+{step}x60"
+    series['up{job="model-api", instance="v1"}'] = "1x60"
+    series['up{job="model-api", instance="v2"}'] = "0x60"
+    return series
+
+
+def finds_data(query: str, legend: str = "") -> dict[str, Any]:
+    """An expectation: the query finds data, and that of both versions if its legend names them."""
+    query = re.sub(r"\$__\w+", "30s", query)  # The variables that Grafana replaces.
+    if legend != "{{version}}":
+        samples = [{"labels": "{}", "value": 1}]
+        return {"expr": f"group({query})", "eval_time": "5m", "exp_samples": samples}
+    samples = [{"labels": f'{{version="{version}"}}', "value": 1} for version in ("v1", "v2")]
+    return {"expr": f"group by (version) ({query})", "eval_time": "5m", "exp_samples": samples}
+
+
+@needs_promtool
+@pytest.mark.skipif(sys.platform != "linux", reason="Memory and CPU are measured on Linux only.")
+def test_each_query_finds_data(tmp_path: Path) -> None:
+    """Those of the panels, of the marks and of the README, when all alerts fire."""
+    queries = [
+        finds_data(query["expr"], query.get("legendFormat", ""))
+        for panel in PANELS.values()
+        for query in panel.get("targets", [])
+    ]
+    queries += [finds_data(mark["target"]["expr"]) for mark in MARKS.values() if "target" in mark]
+    queries += [
+        finds_data(query)
+        for query in re.findall(r"^ *```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
+    ]
+    test = {
+        "interval": "5s",
+        "input_series": [
+            {"series": name, "values": values} for name, values in growing_series().items()
+        ],
+        "promql_expr_test": queries,
+    }
+    rules = str(FOLDER / ".prometheus/rules.yml")
+    tests = {"rule_files": [rules], "evaluation_interval": "5s", "tests": [test]}
+    (tmp_path / "queries_test.yml").write_text(yaml.safe_dump(tests), encoding="utf-8")
+    promtool("test", "rules", tmp_path / "queries_test.yml")
+
+
+# ------------------------------------------------------------- The demo model
+#
+# These know its scores. With a model of your own: pytest -k "not demo_model"
+
+
+@pytest.mark.parametrize(
+    ("transaction", "prediction", "score"),
+    [
+        pytest.param({"amount": 0}, "legit", 0.0015, id="nothing"),
+        pytest.param({"amount": 42.5}, "legit", 0.0614, id="everyday"),
+        pytest.param({"amount": 42.5, "international": True}, "legit", 0.1642, id="abroad"),
+        pytest.param({"amount": 9000, "international": True}, "fraud", 0.9760, id="large, abroad"),
+        pytest.param({"amount": 1_000_000}, "fraud", 0.9993, id="largest"),
+    ],
+)
+async def test_the_demo_model_scores_a_transaction(
+    client: AsyncClient, transaction: dict[str, object], prediction: str, score: float
+) -> None:
+    answer = await client.post("/predict", json=transaction)
+    assert answer.status_code == 200
+    assert answer.json() == {"score": approx(score, abs=1e-4), "prediction": prediction, **LABELS}
 
 
 EXAMPLES = re.findall(r"-d '(.+?)' .+/predict\n```\n\n```json\n(.+)\n```", README)
 
 
-def test_the_readme_has_examples() -> None:
+def test_the_readme_has_examples_of_the_demo_model() -> None:
     assert len(EXAMPLES) >= 3
 
 
 @pytest.mark.parametrize(("body", "answer"), EXAMPLES)
-async def test_an_example_of_the_readme_is_true(
+async def test_an_example_of_the_readme_is_true_of_the_demo_model(
     client: AsyncClient, monkeypatch: MonkeyPatch, body: str, answer: str
 ) -> None:
-    monkeypatch.setattr(app, "LABELS", {"model_name": "fraud_model", "version": "v1"})
+    monkeypatch.setattr(app.settings, "MODEL_NAME", "fraud_model")
+    monkeypatch.setattr(app.settings, "MODEL_VERSION", "v1")
     expected = json.loads(answer)
     if "score" in expected:
         expected["score"] = approx(expected["score"])  # Its last digit depends on the machine.
     assert (await client.post("/predict", content=body, headers=JSON)).json() == expected
 
 
-@pytest.mark.parametrize("command", re.findall(r"docker compose [^\n`]*?up -d[^\n`<]*", README))
-def test_a_start_in_the_readme_waits_and_says_if_it_fails(command: str) -> None:
-    assert "--wait" in command
-
-
-# ---------------------------------------------------------------- The queries
-
-
-PANEL_QUERIES = [query["expr"] for panel in PANELS.values() for query in panel.get("targets", [])]
-MARKS = [annotation["target"]["expr"] for annotation in DASHBOARD["annotations"]["list"]]
-RULE_QUERIES = [rule["expr"] for rule in RULES]
-README_QUERIES = re.findall(r"^ *```promql\n(.+?)```", README, re.MULTILINE | re.DOTALL)
-
-
-@needs_promtool
-def test_queries_are_promql(tmp_path: Path) -> None:
-    rules = [
-        {"record": f"query:{number}", "expr": re.sub(r"\$__\w*interval", "30s", query)}
-        for number, query in enumerate([*PANEL_QUERIES, *MARKS, *README_QUERIES])
-    ]
-    groups = {"groups": [{"name": "queries", "rules": rules}]}
-    (tmp_path / "queries.yml").write_text(yaml.safe_dump(groups), encoding="utf-8")
-    promtool("check", "rules", tmp_path / "queries.yml")
-
-
-def metrics_in(query: str) -> set[str]:
-    """The metrics that a query names: its words that are no label, function or operator."""
-    query = re.sub(r'"[^"]*"|#.*', "", query)
-    query = re.sub(r"\{[^}]*\}|\[[^]]*\]", "", query)
-    query = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", query)
-    words = re.findall(r"(?<![\w:])[a-zA-Z_:][\w:]*(?![\w:]|\s*\()", query)
-    return {*words} - {"and", "or", "unless", "bool", "offset", "NaN"}
-
-
-SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
-EXISTING = RECORDED | {
-    metric.name + suffix
-    for metric in REGISTRY.collect()
-    for suffix in SUFFIXES.get(metric.type, [""])
-}
-EXISTING |= {"up", "ALERTS"}  # Prometheus adds these.
-# prometheus-client has these on Linux only.
-EXISTING |= {"process_resident_memory_bytes", "process_cpu_seconds_total"}
-
-
-@pytest.mark.parametrize("query", [*RULE_QUERIES, *PANEL_QUERIES, *MARKS])
-def test_a_query_asks_for_what_exists(query: str) -> None:
-    assert metrics_in(query)
-    assert metrics_in(query) <= EXISTING
-
-
-@pytest.mark.parametrize("query", README_QUERIES)
-def test_a_query_of_the_readme_asks_for_what_exists(query: str) -> None:
-    assert metrics_in(query) <= EXISTING | {"ml_transactions_total"}, "the class adds that one"
+@pytest.mark.parametrize(
+    ("amount", "least", "most"),
+    [
+        pytest.param("50", 0.01, 0.05, id="usual"),
+        pytest.param("500", 0.3, 0.5, id="drift"),
+    ],
+)
+async def test_the_demo_model_finds_more_fraud_if_the_amounts_grow(
+    client: AsyncClient,
+    load_traffic: Callable[..., Any],
+    amount: str,
+    least: float,
+    most: float,
+) -> None:
+    traffic = load_traffic(TRAFFIC_AMOUNT=amount)
+    random.seed(1)
+    answers = [await client.post("/predict", json=traffic.make_body()) for _ in range(2_000)]
+    malformed = [answer for answer in answers if answer.status_code == 422]
+    fraud = [answer for answer in answers if '"fraud"' in answer.text]
+    assert 0.01 < len(malformed) / 2_000 < 0.03
+    assert least < len(fraud) / (2_000 - len(malformed)) < most

@@ -962,6 +962,7 @@ def test_the_alert_that_the_class_writes_passes_its_test(tmp_path: Path) -> None
 ADDED_SERIES = [
     ("ml_transactions_total", {"international": "False"}),
     ("ml_transactions_total", {"international": "True"}),
+    ("ml_prediction_outcomes_total", {"prediction": "fraud", "truth": "fraud"}),
 ]
 
 

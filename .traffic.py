@@ -6,13 +6,14 @@ import os
 import random
 import socket
 import sys
+import time
 
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 
 class Settings(BaseModel):
-    """Environment variables of these names."""
+    """Read from environment variables of the same names."""
 
     TRAFFIC_RATE: float = Field(default=30, ge=1, le=200)  # Transactions per second.
     TRAFFIC_AMOUNT: float = Field(default=50, ge=1, le=1_000_000)  # Median, in US dollars.
@@ -26,10 +27,10 @@ except ValidationError as error:
 TIMEOUT_SECONDS = 5
 
 
-def make_body() -> dict[str, float | bool] | str:
-    """Return a transaction. One in ten is international, two in a hundred are malformed."""
+def make_transaction() -> dict[str, float | bool]:
+    """Return a transaction. One in ten is international, two in a hundred are invalid."""
     if random.random() < 0.02:
-        return "malformed"
+        return {"amount": -1}
     amount = settings.TRAFFIC_AMOUNT * random.lognormvariate(mu=0, sigma=1.2)
     return {
         "amount": min(round(amount, 2), 1_000_000),
@@ -39,26 +40,28 @@ def make_body() -> dict[str, float | bool] | str:
 
 async def send(client: httpx.AsyncClient) -> None:
     """Send a transaction to a random replica, and ignore the answer."""
-    # The service may be away, and DNS may hang: a TimeoutError is an OSError, too.
+    # The service may be away, or hang. A TimeoutError is an OSError, too.
     with contextlib.suppress(OSError, httpx.HTTPError):
         async with asyncio.timeout(TIMEOUT_SECONDS):
             _, _, replicas = await asyncio.to_thread(socket.gethostbyname_ex, "model-api")
             url = f"http://{random.choice(replicas)}:8000/predict"
-            await client.post(url, json=make_body())
+            await client.post(url, json=make_transaction())
 
 
 async def main() -> None:
     """Send TRAFFIC_RATE transactions a second, without waiting for the answers."""
-    # Each request opens a connection, as many as it takes: the rate holds with a slow model.
+    # Each request has a connection of its own, so that a slow model does not slow the customers.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
-        httpx.AsyncClient(limits=limits, trust_env=False) as client,
-        asyncio.TaskGroup() as requests,
+        httpx.AsyncClient(limits=limits) as client,
+        asyncio.TaskGroup() as tasks,
     ):
+        next_at = time.monotonic()
         while True:
-            requests.create_task(send(client))
+            tasks.create_task(send(client))
             # Customers do not know of each other, so the gaps between them are exponential.
-            await asyncio.sleep(random.expovariate(settings.TRAFFIC_RATE))
+            next_at += random.expovariate(settings.TRAFFIC_RATE)
+            await asyncio.sleep(next_at - time.monotonic())
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 
-# This user cannot change the code.
+# This user cannot change the code, and pytest cannot keep a cache beside it.
 USER app
+ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 
-# While it starts, the service is asked each second.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 

@@ -12,7 +12,7 @@ import sys
 from typing import Literal
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
@@ -25,13 +25,12 @@ from prometheus_client import (
     generate_latest,
 )
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
-from starlette.exceptions import HTTPException  # FastAPI raises this one and its subclass.
 
 # ------------------------------------------------------------------ Settings
 
 
 class Settings(BaseModel):
-    """Environment variables of these names."""
+    """Read from environment variables of the same names."""
 
     model_config = ConfigDict(str_strip_whitespace=True)
 
@@ -84,7 +83,7 @@ DURATION = Histogram(
     buckets=[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10],
 ).labels(**LABELS)
 
-# A score over this is fraud. One bucket ends there.
+# A score over this is fraud. One bucket ends there, which .prometheus/rules.yml reads.
 THRESHOLD = 0.5
 SCORE = Histogram(
     "ml_prediction_score",
@@ -106,7 +105,10 @@ class Transaction(BaseModel):
 
 
 async def infer(transaction: Transaction) -> float:
-    """Return the probability of fraud, from 0 to 1. Put a model of your own here."""
+    """Return the probability of fraud, from 0 to 1. Put a model of your own here.
+
+    Call one that blocks by asyncio.to_thread, or all other requests wait.
+    """
     # A logistic regression with made-up weights.
     logit = math.log1p(transaction.amount) + 1.1 * transaction.international - 6.5
     return 1 / (1 + math.exp(-logit))
@@ -128,7 +130,7 @@ async def simulate_latency_and_failures() -> None:
 
 
 class Prediction(BaseModel):
-    """What the model says of a transaction. Raises ValidationError for a score out of range."""
+    """What the model says of a transaction."""
 
     score: float = Field(
         ge=0, le=1, description=f"Probability of fraud; over {THRESHOLD} it is fraud."
@@ -144,7 +146,7 @@ class Prediction(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What went wrong. A 422 has a list instead, with an entry for each wrong field."""
+    """What went wrong. In a 422, detail is a list, with an entry for each wrong field."""
 
     detail: str
 
@@ -163,19 +165,21 @@ async def predict(transaction: Transaction) -> Prediction:
     """Say whether a transaction is fraud."""
     try:
         with (
-            MODEL_FAILURE.count_exceptions(BaseException),
+            MODEL_FAILURE.count_exceptions(BaseException),  # A cancelled request, too.
             IN_PROGRESS.track_inprogress(),
             DURATION.time(),
         ):
             score = await infer(transaction)
             await simulate_latency_and_failures()
+            # This refuses a score that is not from 0 to 1, as one more failure.
             prediction = Prediction(
                 score=score, model_name=settings.MODEL_NAME, version=settings.MODEL_VERSION
             )
     except Exception as error:
         is_simulated = isinstance(error, SimulatedError)
         logger.error("The model failed: %s", type(error).__name__, exc_info=not is_simulated)
-        # A model may raise the same error again. Its traceback would grow with each request.
+        # An error that is raised again and again, as by a model that could not be loaded, keeps
+        # the traceback of each time.
         error.__traceback__ = None
         raise HTTPException(500, "The model failed. The log says why.") from error
     finally:
@@ -185,7 +189,7 @@ async def predict(transaction: Transaction) -> Prediction:
 
 
 def count_invalid_input(request: Request) -> None:
-    """Count a request that FastAPI refused, if it was for a prediction."""
+    """Count a request for a prediction that was refused before it reached predict."""
     if request.url.path == "/predict":
         PREDICTIONS.inc()
         INVALID_INPUT.inc()

@@ -27,7 +27,7 @@ from unittest.mock import AsyncMock
 
 import httpx
 import pytest
-import yaml
+import yaml  # uvicorn[standard] brings it along.
 from fastapi import HTTPException
 from httpx import AsyncClient
 from prometheus_client import REGISTRY
@@ -114,11 +114,7 @@ def use_model(monkeypatch: MonkeyPatch, answer: object) -> None:
         pytest.param(0.5, 0.5, "legit", {"legit_scores": 1}, id="a half"),
         pytest.param(0.500001, 0.500001, "fraud", {}, id="over a half"),
         pytest.param(
-            Decimal("0.50000000000000000001"),
-            0.5,
-            "legit",
-            {"legit_scores": 1},
-            id="a half, as float",
+            Decimal("0.50000000000000000001"), 0.5, "legit", {"legit_scores": 1}, id="Decimal"
         ),
     ],
 )
@@ -267,9 +263,7 @@ class Panic(BaseException):
     """What a model written in Rust may raise."""
 
 
-@pytest.mark.parametrize(
-    "error", [asyncio.CancelledError(), SystemExit(3), KeyboardInterrupt(), Panic()], ids=repr
-)
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), Panic()], ids=repr)
 async def test_what_is_no_exception_is_counted_and_passes_through(
     client: AsyncClient, monkeypatch: MonkeyPatch, error: BaseException
 ) -> None:
@@ -279,31 +273,19 @@ async def test_what_is_no_exception_is_counted_and_passes_through(
         await client.post("/predict", json=LEGIT)
 
 
-class UnprintableError(Exception):
-    """An error that fails when it is printed."""
-
-    def __str__(self) -> str:
-        raise ValueError
-
-    __repr__ = __str__
-
-
 def logged(caplog: LogCaptureFixture) -> str:
     """The only entry that the service has logged, as text."""
     (record,) = (record for record in caplog.records if record.name == "uvicorn.error")
     return caplog.handler.format(record)
 
 
-@pytest.mark.parametrize(
-    "error", [ZeroDivisionError("boom"), UnprintableError()], ids=["usual", "unprintable"]
-)
 async def test_a_failure_is_logged_with_its_traceback(
-    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture, error: Exception
+    client: AsyncClient, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
-    use_model(monkeypatch, error)
+    use_model(monkeypatch, ZeroDivisionError("boom"))
     await client.post("/predict", json=LEGIT)
-    assert f"The model failed: {type(error).__name__}" in logged(caplog)
-    assert "Traceback" in logged(caplog)
+    assert "The model failed: ZeroDivisionError\nTraceback" in logged(caplog)
+    assert "boom" in logged(caplog)
 
 
 async def test_a_simulated_failure_is_logged_without_a_traceback(
@@ -344,7 +326,6 @@ BAD_INPUT = {
     "number as bool": BadInput(b'{"amount": 1, "international": 1}', 422, "bool_type"),
     "negative": BadInput(b'{"amount": -0.01}', 422, "greater_than_equal"),
     "too large": BadInput(b'{"amount": 1000000.01}', 422, "less_than_equal"),
-    "NaN": BadInput(b'{"amount": NaN}', 422, "less_than_equal"),
     "4,000 digits": BadInput(b'{"amount": 1' + b"0" * 4_000 + b"}", 422, "float_type"),
     "surrogate": BadInput(b'{"amount": 1, "\\ud800": 1}', 422, "string_unicode"),
     "broken JSON": BadInput(b'{"amount": 4', 422, "json_invalid"),
@@ -356,27 +337,27 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)
+async def test_bad_input_is_refused_and_counted(client: AsyncClient, bad: BadInput) -> None:
+    with counts_exactly(predictions=1, invalid_input=1):
+        answer = await client.post("/predict", content=bad.body, headers=bad.headers)
+    assert answer.status_code == bad.status
+    assert bad.says in answer.text
+
+
 async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
     """A body that is sent without its length."""
     for start in range(0, len(body), 1024):
         yield body[start : start + 1024]
 
 
-@pytest.mark.parametrize("send", [bytes, in_chunks], ids=["with its length", "in chunks"])
-@pytest.mark.parametrize("bad", BAD_INPUT.values(), ids=BAD_INPUT)
-async def test_bad_input_is_refused_and_counted(
-    client: AsyncClient, bad: BadInput, send: Callable[[bytes], Any]
-) -> None:
-    with counts_exactly(predictions=1, invalid_input=1):
-        answer = await client.post("/predict", content=send(bad.body), headers=bad.headers)
-    assert answer.status_code == bad.status
-    assert bad.says in answer.text
-
-
-@pytest.mark.parametrize("send", [bytes, in_chunks], ids=["with its length", "in chunks"])
-async def test_a_body_of_4_kib_is_read(client: AsyncClient, send: Callable[[bytes], Any]) -> None:
-    answer = await client.post("/predict", content=send(FOUR_KIB), headers=JSON)
+async def test_a_body_of_4_kib_is_the_largest_that_is_read(client: AsyncClient) -> None:
+    with counts_exactly(predictions=1, model_calls=1, scores=1, legit_scores=1):
+        answer = await client.post("/predict", content=in_chunks(FOUR_KIB), headers=JSON)
     assert answer.status_code == 200
+    with counts_exactly(predictions=1, invalid_input=1):
+        answer = await client.post("/predict", content=in_chunks(FOUR_KIB + b" "), headers=JSON)
+    assert answer.status_code == 413
 
 
 async def test_a_deeply_nested_body_is_refused_and_counted(client: AsyncClient) -> None:
@@ -653,9 +634,8 @@ def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., Any]:
 def test_the_largest_amount_of_the_customers_is_valid(load_traffic: Callable[..., Any]) -> None:
     traffic = load_traffic(TRAFFIC_AMOUNT="1000000")
     random.seed(1)
-    bodies = [traffic.make_body() for _ in range(100)]
-    transactions = [app.Transaction(**body) for body in bodies if body != "malformed"]
-    assert max(transaction.amount for transaction in transactions) == 1_000_000
+    amounts = [traffic.make_transaction()["amount"] for _ in range(100)]
+    assert max(amounts) == 1_000_000
 
 
 @pytest.fixture
@@ -871,34 +851,29 @@ def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
     (query,) = PANELS[title]["targets"]
     assert query["expr"] in ALERTS[alert]["expr"]
     assert red(title) == limit(alert)
-    assert alert in PANELS[title]["description"]
 
 
-@pytest.mark.parametrize(
-    ("title", "alert"),
-    [
-        ("Failed calls by version", "HighErrorRatio"),
-        ("Latency, p95, by version", "HighLatency"),
-        ("Share of fraud by version", "PredictionDrift"),
-    ],
-)
+@pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
 def test_the_red_line_of_a_chart_is_the_limit_and_always_in_view(title: str, alert: str) -> None:
-    custom = PANELS[title]["fieldConfig"]["defaults"]["custom"]
-    assert red(title) == limit(alert)
+    (chart,) = (name for name in PANELS if name.startswith(title) and name.endswith("by version"))
+    custom = PANELS[chart]["fieldConfig"]["defaults"]["custom"]
+    assert red(chart) == limit(alert)
     assert custom["thresholdsStyle"] == {"mode": "line"}
     assert custom["axisSoftMax"] > limit(alert)
 
 
 @pytest.mark.parametrize("alert", [*ALERT_OF.values(), "ModelApiDown"])
 def test_a_firing_alert_is_marked_in_panels_that_are_there(alert: str) -> None:
+    panels = {*MARKS[alert]["filter"]["ids"]}
+    assert panels
+    assert panels <= {panel["id"] for panel in PANELS.values()}
     assert MARKS[alert]["enable"]
-    assert {*MARKS[alert]["filter"]["ids"]} <= {panel["id"] for panel in PANELS.values()}
 
 
-@pytest.mark.parametrize("query", PANELS["Latency of all versions"]["targets"][:3])
-def test_a_quantile_is_the_one_of_its_legend(query: dict[str, str]) -> None:
-    (quantile,) = re.findall(r"histogram_quantile\(([\d.]+)", query["expr"])
-    assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
+def test_a_quantile_is_the_one_of_its_legend() -> None:
+    for query in PANELS["Latency of all versions"]["targets"]:
+        for quantile in re.findall(r"histogram_quantile\(([\d.]+)", query["expr"]):
+            assert query["legendFormat"] == f"p{float(quantile) * 100:.0f}"
 
 
 def table(first_column: str) -> dict[str, list[str]]:
@@ -1045,10 +1020,7 @@ async def test_the_demo_model_scores_a_transaction(
 
 
 EXAMPLES = re.findall(r"-d '(.+?)' .+/predict\n```\n\n```json\n(.+)\n```", README)
-
-
-def test_the_readme_has_examples_of_the_demo_model() -> None:
-    assert len(EXAMPLES) >= 3
+assert len(EXAMPLES) >= 3, "the README has too few examples"
 
 
 @pytest.mark.parametrize(("body", "answer"), EXAMPLES)
@@ -1079,8 +1051,8 @@ async def test_the_demo_model_finds_more_fraud_if_the_amounts_grow(
 ) -> None:
     traffic = load_traffic(TRAFFIC_AMOUNT=amount)
     random.seed(1)
-    answers = [await client.post("/predict", json=traffic.make_body()) for _ in range(2_000)]
-    malformed = [answer for answer in answers if answer.status_code == 422]
+    answers = [await client.post("/predict", json=traffic.make_transaction()) for _ in range(2_000)]
+    invalid = [answer for answer in answers if answer.status_code == 422]
     fraud = [answer for answer in answers if '"fraud"' in answer.text]
-    assert 0.01 < len(malformed) / 2_000 < 0.03
-    assert least < len(fraud) / (2_000 - len(malformed)) < most
+    assert 0.01 < len(invalid) / 2_000 < 0.03
+    assert least < len(fraud) / (2_000 - len(invalid)) < most

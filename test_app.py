@@ -8,6 +8,7 @@ import asyncio
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import runpy
@@ -21,9 +22,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, patch
 
 import httpx
 import pytest
@@ -545,9 +546,13 @@ def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
             process.terminate()
 
 
-# Without its last empty line, as a test may add headers.
+# Without its body, {"amount": 1}.
 REQUEST = (
-    b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 13\r\n"
+    b"POST /predict HTTP/1.1\r\n"
+    b"Host: a\r\n"
+    b"Content-Type: application/json\r\n"
+    b"Content-Length: 13\r\n"
+    b"\r\n"
 )
 
 
@@ -577,7 +582,7 @@ def test_every_series_starts_at_0(service: Service) -> None:
 
 def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> None:
     bad_input = ("ml_prediction_errors_total", "invalid_input")
-    service.connect(REQUEST + b'\r\n{"amount"').close()
+    service.connect(REQUEST + b'{"amount"').close()
     wait_until(lambda: service.samples()[bad_input] == 1, "it is not counted")
     assert service.samples()["ml_predictions_total", None] == 1
 
@@ -585,7 +590,7 @@ def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> Non
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
     in_progress = ("ml_predictions_in_progress", None)
-    with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
+    with service.connect(REQUEST + b'{"amount": 1}') as connection:
         wait_until(lambda: service.samples()[in_progress] == 1, "it is not in progress")
         service.process.send_signal(signal.SIGTERM)
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
@@ -593,7 +598,7 @@ def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
 
 
 def test_requests_are_not_logged(service: Service) -> None:
-    with service.connect(REQUEST + b'\r\n{"amount": 1}') as connection:
+    with service.connect(REQUEST + b'{"amount": 1}') as connection:
         assert connection.recv(1024).startswith(b"HTTP/1.1 200")
     service.process.terminate()
     assert service.process.stdout
@@ -614,24 +619,18 @@ def test_python_starts_it_on_this_machine_only() -> None:
 # -------------------------------------------------------------- The customers
 
 
-@pytest.fixture
-def load_traffic(monkeypatch: MonkeyPatch) -> Callable[..., Any]:
-    """Gives the script of the customers as a module, with settings, but does not start it."""
-
-    def load(**settings: str) -> ModuleType:
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        spec = importlib.util.spec_from_file_location("traffic", FOLDER / ".traffic.py")
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
+def load_traffic(**settings: str) -> Any:
+    """The script of the customers as a module, with these settings. It is not started."""
+    spec = importlib.util.spec_from_file_location("traffic", FOLDER / ".traffic.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with patch.dict(os.environ, settings):
         spec.loader.exec_module(module)
-        return module
-
-    return load
+    return module
 
 
-def test_the_largest_amount_of_the_customers_is_valid(load_traffic: Callable[..., Any]) -> None:
+def test_the_largest_amount_of_the_customers_is_valid() -> None:
     traffic = load_traffic(TRAFFIC_AMOUNT="1000000")
     random.seed(1)
     amounts = [traffic.make_transaction()["amount"] for _ in range(100)]
@@ -647,7 +646,7 @@ def two_replicas(monkeypatch: MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_replicas")
 async def test_the_customers_are_answered_by_all_replicas(
-    client: AsyncClient, load_traffic: Callable[..., Any]
+    client: AsyncClient,
 ) -> None:
     addresses = []
 
@@ -670,7 +669,7 @@ async def test_the_customers_are_answered_by_all_replicas(
     "error", [OSError(), httpx.ConnectError(""), httpx.ReadTimeout("")], ids=repr
 )
 async def test_the_customers_outlive_a_service_that_is_away(
-    client: AsyncClient, load_traffic: Callable[..., Any], error: Exception
+    client: AsyncClient, error: Exception
 ) -> None:
     on_request = AsyncMock(side_effect=error)
     client.event_hooks = {"request": [on_request]}
@@ -680,7 +679,7 @@ async def test_the_customers_outlive_a_service_that_is_away(
 
 @pytest.mark.usefixtures("two_replicas")
 async def test_the_customers_give_up_a_request_that_hangs(
-    client: AsyncClient, load_traffic: Callable[..., Any], monkeypatch: MonkeyPatch
+    client: AsyncClient, monkeypatch: MonkeyPatch
 ) -> None:
     """Otherwise the requests would pile up."""
     traffic = load_traffic()
@@ -690,7 +689,7 @@ async def test_the_customers_give_up_a_request_that_hangs(
 
 
 async def test_the_customers_keep_their_rate_and_do_not_wait_for_answers(
-    load_traffic: Callable[..., Any], monkeypatch: MonkeyPatch
+    monkeypatch: MonkeyPatch,
 ) -> None:
     traffic = load_traffic(TRAFFIC_RATE="9")
     sent, rates = [], []
@@ -722,9 +721,7 @@ async def test_the_customers_keep_their_rate_and_do_not_wait_for_answers(
         ("TRAFFIC_AMOUNT", "1000001"),
     ],
 )
-def test_a_bad_setting_stops_the_customers(
-    load_traffic: Callable[..., Any], name: str, given: str
-) -> None:
+def test_a_bad_setting_stops_the_customers(name: str, given: str) -> None:
     with pytest.raises(SystemExit, match=rf"^{name}='{given}': \w[^\n]+$"):
         load_traffic(**{name: given})
 
@@ -747,7 +744,7 @@ def environment(service: str) -> set[str]:
     return {variable.partition("=")[0] for variable in SERVICES[service]["environment"]}
 
 
-def test_compose_passes_each_setting_on(load_traffic: Callable[..., Any]) -> None:
+def test_compose_passes_each_setting_on() -> None:
     assert {*app.Settings.model_fields} <= environment("model-api")
     assert {*load_traffic().Settings.model_fields} <= environment("traffic")
 
@@ -884,7 +881,7 @@ def table(first_column: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_the_readme_has_the_default_of_each_setting(load_traffic: Callable[..., Any]) -> None:
+def test_the_readme_has_the_default_of_each_setting() -> None:
     settings = app.Settings.model_fields | load_traffic().Settings.model_fields
     ports = re.findall(r"\$\{(\w+):-([^}]+)\}", read("docker-compose.yml"))
     defaults = {name: str(field.default) for name, field in settings.items()} | dict(ports)
@@ -1044,7 +1041,6 @@ async def test_an_example_of_the_readme_is_true_of_the_demo_model(
 )
 async def test_the_demo_model_finds_more_fraud_if_the_amounts_grow(
     client: AsyncClient,
-    load_traffic: Callable[..., Any],
     amount: str,
     least: float,
     most: float,

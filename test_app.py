@@ -518,9 +518,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 @pytest.fixture
-def service(monkeypatch: MonkeyPatch) -> Iterator[Service]:
+def service(request: pytest.FixtureRequest, monkeypatch: MonkeyPatch) -> Iterator[Service]:
     """The service as the image starts it, but on a free port of this machine only."""
-    monkeypatch.setenv("FAILURE_RATE", "0")
+    monkeypatch.setenv("FAILURE_RATE", getattr(request, "param", "0"))
     monkeypatch.setenv("MODEL_LATENCY_SECONDS", "1")
     monkeypatch.setenv("MODEL_NAME", "m")
     monkeypatch.setenv("MODEL_VERSION", "v9")
@@ -597,12 +597,15 @@ def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
     assert service.process.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
-def test_requests_are_not_logged(service: Service) -> None:
+@pytest.mark.parametrize("service", ["1"], indirect=True, ids=["each call fails"])
+def test_failures_are_logged_and_requests_are_not(service: Service) -> None:
     with service.connect(REQUEST + b'{"amount": 1}') as connection:
-        assert connection.recv(1024).startswith(b"HTTP/1.1 200")
+        assert connection.recv(1024).startswith(b"HTTP/1.1 500")
     service.process.terminate()
     assert service.process.stdout
-    assert "POST" not in service.process.stdout.read()
+    log = service.process.stdout.read()
+    assert "The model failed: SimulatedError" in log
+    assert "POST" not in log
 
 
 def test_python_starts_it_on_this_machine_only() -> None:
@@ -645,9 +648,7 @@ def two_replicas(monkeypatch: MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_replicas")
-async def test_the_customers_are_answered_by_all_replicas(
-    client: AsyncClient,
-) -> None:
+async def test_the_customers_are_answered_by_all_replicas(client: AsyncClient) -> None:
     addresses = []
 
     async def on_response(response: httpx.Response) -> None:
@@ -730,11 +731,12 @@ def test_a_bad_setting_stops_the_customers(name: str, given: str) -> None:
 
 README = read("README.md")
 PROMETHEUS = yaml.safe_load(read("prometheus.yml"))
-(RULE_GROUP,) = yaml.safe_load(read(".prometheus/rules.yml"))["groups"]
-ALERTS = {rule["alert"]: rule for rule in RULE_GROUP["rules"] if "alert" in rule}
+RULE_GROUPS = yaml.safe_load(read(".prometheus/rules.yml"))["groups"]
+RULES = [rule for group in RULE_GROUPS for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 DATA_SOURCES = yaml.safe_load(read(".grafana/datasources/prometheus.yml"))["datasources"]
 DASHBOARD = json.loads(read(".grafana/dashboards/fraud-model.json"))
-PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
+PANELS = {panel.get("title", ""): panel for panel in DASHBOARD["panels"]}
 MARKS = {mark["name"]: mark for mark in DASHBOARD["annotations"]["list"]}
 SERVICES = yaml.safe_load(read("docker-compose.yml"))["services"]
 

@@ -798,6 +798,15 @@ def test_everything_keeps_one_pace() -> None:
     assert len({*paces.values()}) == 1, paces
 
 
+@pytest.mark.parametrize(
+    ("service", "folder"), [("prometheus", "/prometheus"), ("grafana", "/var/lib/grafana")]
+)
+def test_the_data_of_a_service_outlive_its_container(service: str, folder: str) -> None:
+    """The history, and the panels that a class has saved."""
+    mounts = [str(volume) for volume in SERVICES[service]["volumes"]]
+    assert any(re.search(rf"{service}-data\b.*{folder}\b", mount) for mount in mounts)
+
+
 def test_grafana_starts_with_the_dashboard() -> None:
     home = SERVICES["grafana"]["environment"]["GF_USERS_HOME_PAGE"]
     assert home == f"/d/{DASHBOARD['uid']}"
@@ -855,10 +864,11 @@ def test_a_tile_is_red_where_its_alert_fires(title: str, alert: str) -> None:
 @pytest.mark.parametrize(("title", "alert"), ALERT_OF.items())
 def test_the_red_line_of_a_chart_is_the_limit_and_always_in_view(title: str, alert: str) -> None:
     (chart,) = (name for name in PANELS if name.startswith(title) and name.endswith("by version"))
-    custom = PANELS[chart]["fieldConfig"]["defaults"]["custom"]
+    shown = PANELS[chart]["fieldConfig"]["defaults"]
     assert red(chart) == limit(alert)
-    assert custom["thresholdsStyle"] == {"mode": "line"}
-    assert custom["axisSoftMax"] > limit(alert)
+    assert shown["unit"] == PANELS[title]["fieldConfig"]["defaults"]["unit"]
+    assert shown["custom"]["thresholdsStyle"] == {"mode": "line"}
+    assert shown["custom"]["axisSoftMax"] > limit(alert)
 
 
 @pytest.mark.parametrize("alert", [*ALERT_OF.values(), "ModelApiDown"])
@@ -867,6 +877,7 @@ def test_a_firing_alert_is_marked_in_panels_that_are_there(alert: str) -> None:
     assert panels
     assert panels <= {panel["id"] for panel in PANELS.values()}
     assert MARKS[alert]["enable"]
+    assert MARKS[alert]["datasource"]["uid"] == data_source()["uid"]
 
 
 def test_a_quantile_is_the_one_of_its_legend() -> None:

@@ -128,10 +128,17 @@ async def test_over_the_threshold_is_fraud_in_the_answer_and_in_the_metrics(
     legit_scores: dict[str, int],
 ) -> None:
     use_model(monkeypatch, score)
+    monkeypatch.setattr(app.settings, "MODEL_NAME", "m")
+    monkeypatch.setattr(app.settings, "MODEL_VERSION", "v9")
     with counts_exactly(predictions=1, model_calls=1, scores=1, **legit_scores):
         answer = await client.post("/predict", json=LEGIT)
     assert answer.status_code == 200
-    assert answer.json() == {"score": answered, "prediction": prediction, **LABELS}
+    assert answer.json() == {
+        "score": answered,
+        "prediction": prediction,
+        "model_name": "m",
+        "version": "v9",
+    }
 
 
 async def test_the_simulated_latency_has_the_right_median_and_p99(monkeypatch: MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ class Settings(BaseModel):
 try:
     settings = Settings.model_validate(dict(os.environ))
 except ValidationError as error:
-    sys.exit("\n".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()))
+    mistakes = [f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()]
+    sys.exit("\n".join(mistakes))  # Prints them, a line each, and ends with status 1.
 
 TIMEOUT_SECONDS = 5
 
@@ -43,6 +44,8 @@ async def send(client: httpx.AsyncClient) -> None:
     # The service may be away, or hang. A TimeoutError is an OSError, too.
     with contextlib.suppress(OSError, httpx.HTTPError):
         async with asyncio.timeout(TIMEOUT_SECONDS):
+            # Replicas come and go, so each request asks for their addresses. As that blocks, a
+            # thread does it.
             _, _, replicas = await asyncio.to_thread(socket.gethostbyname_ex, "model-api")
             url = f"http://{random.choice(replicas)}:8000/predict"
             await client.post(url, json=make_transaction())
@@ -53,7 +56,8 @@ async def main() -> None:
     # Each request has a connection of its own, so that a slow model does not slow the customers.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
-        httpx.AsyncClient(limits=limits) as client,
+        # trust_env=False: no proxy of this machine's network stands between them and the service.
+        httpx.AsyncClient(limits=limits, trust_env=False) as client,
         asyncio.TaskGroup() as tasks,
     ):
         next_at = time.monotonic()

@@ -5,16 +5,24 @@ WORKDIR /app
 
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
-COPY . .
 
-# This user cannot change the code, and pytest cannot keep a cache beside it.
+# .traffic.py is named so that a folder without its hidden files does not build.
+COPY .traffic.py . ./
+# A file that only its owner may read is copied like that.
+RUN chmod -R a+rX .
+
+# This user cannot change the code.
 USER app
+# So pytest cannot keep a cache beside it.
 ENV PYTEST_ADDOPTS="-p no:cacheprovider"
 
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
+# trust_env=False: ask no proxy, which Docker may have put into the environment.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s CMD python -c \
+    "import httpx; httpx.get('http://127.0.0.1:8000/health', trust_env=False).raise_for_status()"
 
-# Prometheus counts the requests, so the log is for failures. Requests in flight have 8 s to end,
-# as Docker kills after 10 s.
-CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", \
-     "--timeout-graceful-shutdown", "8"]
+# --no-access-log: Prometheus counts the requests, so the log is for failures.
+# --workers 1: each process has metrics of its own. WEB_CONCURRENCY would start more.
+# --ws none: otherwise a request that asks for a WebSocket is never answered.
+# --timeout-graceful-shutdown 8: requests in flight have 8 s to end. Docker kills after 10 s.
+CMD ["uvicorn", "app:app", "--host", "0.0.0.0", "--no-access-log", "--workers", "1", \
+     "--ws", "none", "--timeout-graceful-shutdown", "8"]

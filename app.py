@@ -24,7 +24,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # ------------------------------------------------------------------ Settings
 
@@ -43,7 +43,8 @@ class Settings(BaseModel):
 try:
     settings = Settings.model_validate(dict(os.environ))
 except ValidationError as error:
-    sys.exit("\n".join(f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()))
+    mistakes = [f"{e['loc'][0]}={e['input']!r}: {e['msg']}" for e in error.errors()]
+    sys.exit("\n".join(mistakes))  # Prints them, a line each, and ends with status 1.
 
 # ------------------------------------------------------------------- Metrics
 
@@ -54,13 +55,13 @@ LABELS = {"model_name": settings.MODEL_NAME, "version": settings.MODEL_VERSION}
 
 # labels() creates each series at 0 before the first request, as Prometheus cannot see an increase
 # from nothing to 1.
-PREDICTIONS = Counter(
+REQUESTS = Counter(
     "ml_predictions_total",
     "Requests for a prediction, including failed ones.",
     list(LABELS),
 ).labels(**LABELS)
 
-# No labels() here: PREDICTIONS is one series, and ERRORS has one for each reason.
+# No labels() here: REQUESTS is one series, and ERRORS has one for each reason.
 ERRORS = Counter(
     "ml_prediction_errors_total",
     "Failed requests for a prediction, by reason.",
@@ -107,7 +108,7 @@ class Transaction(BaseModel):
 async def infer(transaction: Transaction) -> float:
     """Return the probability of fraud, from 0 to 1. Put a model of your own here.
 
-    Call one that blocks by asyncio.to_thread, or all other requests wait.
+    If it blocks, call it with asyncio.to_thread. Otherwise all other requests wait for it.
     """
     # A logistic regression with made-up weights.
     logit = math.log1p(transaction.amount) + 1.1 * transaction.international - 6.5
@@ -132,21 +133,14 @@ async def simulate_latency_and_failures() -> None:
 class Prediction(BaseModel):
     """What the model says of a transaction."""
 
-    score: float = Field(
-        ge=0, le=1, description=f"Probability of fraud; over {THRESHOLD} it is fraud."
-    )
+    score: float = Field(ge=0, le=1, description=f"Probability of fraud; over {THRESHOLD} is fraud.")
+    prediction: Literal["fraud", "legit"]
     model_name: str
     version: str
 
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def prediction(self) -> Literal["fraud", "legit"]:
-        """What the score says."""
-        return "fraud" if self.score > THRESHOLD else "legit"
-
 
 class ErrorResponse(BaseModel):
-    """What went wrong. In a 422, detail is a list, with an entry for each wrong field."""
+    """What went wrong."""
 
     detail: str
 
@@ -158,22 +152,25 @@ app = FastAPI(title="Fraud model")
 
 @app.post(
     "/predict",
-    max_body_size=4 * 1024,
+    max_body_size=4 * 1024,  # In bytes. A transaction has fewer than 100.
     responses={status: {"model": ErrorResponse} for status in (400, 413, 415, 500)},
 )
 async def predict(transaction: Transaction) -> Prediction:
     """Say whether a transaction is fraud."""
     try:
         with (
-            MODEL_FAILURE.count_exceptions(BaseException),  # A cancelled request, too.
-            IN_PROGRESS.track_inprogress(),
-            DURATION.time(),
+            MODEL_FAILURE.count_exceptions(BaseException),  # A cancelled request is no Exception.
+            IN_PROGRESS.track_inprogress(),  # Comes down however the call ends.
+            DURATION.time(),  # Failed calls are timed, too.
         ):
-            score = await infer(transaction)
+            score = float(await infer(transaction))  # A model may return np.float32.
             await simulate_latency_and_failures()
-            # This refuses a score that is not from 0 to 1, as one more failure.
+            # Raises ValidationError if the score is not from 0 to 1: one more failure.
             prediction = Prediction(
-                score=score, model_name=settings.MODEL_NAME, version=settings.MODEL_VERSION
+                score=score,
+                prediction="fraud" if score > THRESHOLD else "legit",
+                model_name=settings.MODEL_NAME,
+                version=settings.MODEL_VERSION,
             )
     except Exception as error:
         is_simulated = isinstance(error, SimulatedError)
@@ -183,15 +180,17 @@ async def predict(transaction: Transaction) -> Prediction:
         error.__traceback__ = None
         raise HTTPException(500, "The model failed. The log says why.") from error
     finally:
-        PREDICTIONS.inc()
-    SCORE.observe(prediction.score)
+        REQUESTS.inc()
+    SCORE.observe(score)
     return prediction
 
 
 def count_invalid_input(request: Request) -> None:
     """Count a request for a prediction that was refused before it reached predict."""
-    if request.url.path == "/predict":
-        PREDICTIONS.inc()
+    # The handlers below answer for all routes. The path does not tell which one it is, as a proxy
+    # may put a prefix before it.
+    if request.scope.get("endpoint") is predict:
+        REQUESTS.inc()
         INVALID_INPUT.inc()
 
 
@@ -199,7 +198,8 @@ def count_invalid_input(request: Request) -> None:
 async def refuse_invalid_input(request: Request, error: RequestValidationError) -> Response:
     """Answer 422 with what is wrong and where, or 415 if the body is not sent as JSON."""
     count_invalid_input(request)
-    if isinstance(error.body, bytes):  # Not parsed, as it is not sent as JSON.
+    # Only a body that is sent as JSON is parsed. Any other is bytes still.
+    if isinstance(error.body, bytes):
         return JSONResponse({"detail": "Send the header Content-Type: application/json."}, 415)
     # Without "input": it may be NaN, which JSON cannot hold.
     detail = [{key: wrong[key] for key in ("type", "loc", "msg")} for wrong in error.errors()]
@@ -227,10 +227,10 @@ async def health() -> dict[str, str]:
 
 
 @app.get("/", include_in_schema=False)
-async def root() -> RedirectResponse:
+async def root(request: Request) -> RedirectResponse:
     """Lead to the interactive documentation."""
-    return RedirectResponse("/docs")
+    return RedirectResponse(request.scope["root_path"] + "/docs")
 
 
 if __name__ == "__main__":
-    uvicorn.run(app)
+    uvicorn.run(app, workers=1, ws="none")  # Dockerfile says why.

@@ -29,7 +29,7 @@ from unittest.mock import AsyncMock, patch
 import httpx
 import pytest
 import yaml  # uvicorn[standard] brings it along.
-from fastapi import HTTPException
+from fastapi import FastAPI, HTTPException
 from httpx import AsyncClient
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
@@ -353,6 +353,37 @@ async def test_bad_input_is_refused_and_counted(client: AsyncClient, bad: BadInp
     assert bad.says in answer.text
 
 
+@pytest.fixture
+async def client_behind_a_proxy() -> AsyncIterator[AsyncClient]:
+    """A client of the service behind a proxy, which puts a prefix before each path."""
+    transport = httpx.ASGITransport(app=app.app, root_path="/fraud")
+    async with AsyncClient(transport=transport, base_url="http://api/fraud") as client:
+        yield client
+
+
+async def test_bad_input_is_counted_behind_a_prefix(client_behind_a_proxy: AsyncClient) -> None:
+    with counts_exactly(predictions=1, invalid_input=1):
+        answer = await client_behind_a_proxy.post("/predict", json={})
+    assert answer.status_code == 422
+
+
+async def test_the_root_leads_to_the_documentation_behind_a_prefix(
+    client_behind_a_proxy: AsyncClient,
+) -> None:
+    answer = await client_behind_a_proxy.get("/")
+    assert answer.headers["location"] == "/fraud/docs"
+
+
+async def test_bad_input_is_counted_in_an_app_that_mounts_this_one() -> None:
+    outer = FastAPI()
+    outer.mount("/fraud", app.app)
+    transport = httpx.ASGITransport(app=outer)
+    async with AsyncClient(transport=transport, base_url="http://api") as client:
+        with counts_exactly(predictions=1, invalid_input=1):
+            answer = await client.post("/fraud/predict", json={})
+    assert answer.status_code == 422
+
+
 async def in_chunks(body: bytes) -> AsyncIterator[bytes]:
     """A body that is sent without its length."""
     for start in range(0, len(body), 1024):
@@ -532,6 +563,7 @@ def service(request: pytest.FixtureRequest, monkeypatch: MonkeyPatch) -> Iterato
     monkeypatch.setenv("MODEL_LATENCY_SECONDS", "1")
     monkeypatch.setenv("MODEL_NAME", "m")
     monkeypatch.setenv("MODEL_VERSION", "v9")
+    monkeypatch.setenv("WEB_CONCURRENCY", "3")  # As some platforms do.
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
@@ -595,6 +627,23 @@ def test_a_client_that_leaves_while_it_sends_is_counted(service: Service) -> Non
     assert service.samples()["ml_predictions_total", None] == 1
 
 
+def test_a_request_that_asks_for_a_websocket_is_answered_and_counted(service: Service) -> None:
+    """Some proxies set these headers on all requests."""
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    request = REQUEST.removesuffix(b"\r\n") + upgrade + b'{"amount": 1}'
+    with service.connect(request) as connection:
+        assert connection.recv(1024).startswith(b"HTTP/1.1 422"), "uvicorn drops its body"
+    assert service.samples()["ml_predictions_total", None] == 1
+
+
+def test_one_process_has_all_counts(service: Service) -> None:
+    """Each scrape sees one process, whatever WEB_CONCURRENCY says."""
+    for _ in range(12):
+        httpx.post(f"http://127.0.0.1:{service.port}/predict", json={}, trust_env=False)
+    seen = {service.samples()["ml_predictions_total", None] for _ in range(12)}
+    assert seen == {12}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 def test_a_request_in_flight_outlives_sigterm(service: Service) -> None:
     in_progress = ("ml_predictions_in_progress", None)
@@ -619,12 +668,13 @@ def test_failures_are_logged_and_requests_are_not(service: Service) -> None:
 def test_python_starts_it_on_this_machine_only() -> None:
     """Of uvicorn, this prints what it is asked to do."""
     script = (
-        "import runpy, uvicorn; uvicorn.run = print; runpy.run_path('app.py', None, '__main__')"
+        "import runpy, uvicorn; uvicorn.run = lambda app, **options: print(options);"
+        "runpy.run_path('app.py', None, '__main__')"
     )
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=FOLDER, capture_output=True, text=True, check=False
     )
-    assert re.fullmatch(r"<fastapi\S* \S+ at \w+>\n", run.stdout), run.stdout + run.stderr
+    assert run.stdout == "{'workers': 1, 'ws': 'none'}\n", run.stdout + run.stderr
 
 
 # -------------------------------------------------------------- The customers
@@ -798,15 +848,17 @@ def data_source() -> dict[str, Any]:
     return dict(default)
 
 
-def test_everything_keeps_one_pace() -> None:
-    paces = {
-        "a scrape": PROMETHEUS["global"]["scrape_interval"],
-        "the rules": PROMETHEUS["global"]["evaluation_interval"],
-        "a look for replicas": service_discovery()["refresh_interval"],
-        "a step of a chart": data_source()["jsonData"]["timeInterval"],
-        "the dashboard": DASHBOARD["refresh"],
-    }
-    assert len({*paces.values()}) == 1, paces
+def seconds(duration: str) -> int:
+    """A duration of Prometheus."""
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
+def test_a_missed_scrape_leaves_no_gap() -> None:
+    """Prometheus shows a value for as long as three scrapes take, or longer."""
+    (look_back,) = re.findall(
+        r"--query.lookback-delta=(\w+)", " ".join(SERVICES["prometheus"]["command"])
+    )
+    assert seconds(look_back) >= 3 * seconds(PROMETHEUS["global"]["scrape_interval"])
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ async def main() -> None:
     # Each request has a connection of its own, so that a slow model does not slow the customers.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with (
-        # trust_env=False: no proxy of this machine's network stands between them and the service.
+        # trust_env=False: ask no proxy, which Docker may have put into the environment.
         httpx.AsyncClient(limits=limits, trust_env=False) as client,
         asyncio.TaskGroup() as tasks,
     ):
